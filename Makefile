@@ -1,0 +1,69 @@
+# Needs Python 3.11 or newer, make, and a package index. Everything goes into .venv.
+PYTHON ?= python3
+# Which index torch comes from; for the small CPU build where the main index has the large one:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Where `make demo` writes, and what else it passes on.
+OUT ?= demo-pruned
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+torch_index = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.PHONY: help install demo test lint bench docs docs-check wheel clean
+.DEFAULT_GOAL := help
+
+help: ## List the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; hint: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, so that its index serves nothing else.
+$(VENV)/torch: constraints.txt | $(BIN)/python
+	$(PIP) install $(torch_index) "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+$(VENV)/secateur: pyproject.toml constraints.txt $(VENV)/torch
+	$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/secateur
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/secateur ## Install secateur into .venv
+
+demo: $(VENV)/secateur ## Prune a real model and show what it did
+	$(BIN)/secateur prune demo -o $(OUT) --overwrite $(ARGS)
+
+test: $(VENV)/dev ## Run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+
+lint: $(VENV)/dev ## Style, types, import layers, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+bench: $(VENV)/dev ## Run every benchmark; results go to benchmarks/results
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+docs: $(VENV)/dev ## Write the generated parts of the documents
+	$(BIN)/python docs/generate.py
+
+docs-check: $(VENV)/dev ## Check the generated parts and run the commands in the documents
+	$(BIN)/python docs/generate.py --check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docs $(ARGS)
+
+wheel: | $(BIN)/python ## Build the wheel into dist
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean: ## Remove what make and the tools made
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find src tests docs benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,158 @@
+"""Write the generated parts of the documents, or with --check say which are out of date.
+
+Each fact has one source: options come from the docstrings under the fields, the command reference from the command line
+itself, the layout from the first line of each module. A generated part stands between two comments:
+
+    <!-- generated: NAME -->
+    ...
+    <!-- end: NAME -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+from typer.core import TyperArgument, TyperGroup, TyperOption
+
+from secateur.cli.app import app
+from secateur.plugins import available, describe
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "src" / "secateur"
+
+
+def cell(text: str) -> str:
+    """Text that is safe in a cell of a Markdown table."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell(text) for text in line) + " |" for line in lines)
+
+
+def plugin_table(kind: str) -> str:
+    """One row for each plug-in of a folder."""
+    rows = [[f"[`{name}`](#{name})", line] for name, line in available(kind).items()]
+    return table(["name", "what it does"], rows)
+
+
+def plugin_details(kind: str, noun: str) -> str:
+    """What each plug-in says about itself, and its options."""
+    parts = []
+    for name in available(kind):
+        description = describe(kind, name, noun)
+        parts.append(f"### {name}\n\n```text\n{description.doc.strip()}\n```")
+        if description.options:
+            rows = [[f"`{o.name}`", f"`{o.type}`", f"`{o.default}`", o.help] for o in description.options]
+            parts.append(table(["option", "type", "default", ""], rows))
+    return "\n\n".join(parts)
+
+
+def command_reference() -> str:
+    """Every command with its arguments and flags, as the command line itself knows them."""
+    group = typer.main.get_command(app)
+    if not isinstance(group, TyperGroup):
+        raise SystemExit("error: the command line has no sub-commands")
+    parts = []
+    for name, command in group.commands.items():
+        arguments = [p for p in command.params if isinstance(p, TyperArgument)]
+        options = [p for p in command.params if isinstance(p, TyperOption)]
+        usage = " ".join(str(a.metavar) if a.required else f"[{a.metavar}]" for a in arguments)
+        parts.append(f"## secateur {name}\n\n{command.help}\n\n```text\nsecateur {name} {usage} [OPTIONS]\n```")
+        parts.append(table(["argument", "meaning"], [[f"`{a.metavar}`", a.help or ""] for a in arguments]))
+        for panel in dict.fromkeys(option.rich_help_panel for option in options):
+            rows = [[flags(o), o.help or "", default(o)] for o in options if o.rich_help_panel == panel]
+            parts.append(table([panel or "flag", "meaning", "default"], rows))
+    return "\n\n".join(parts)
+
+
+def flags(option: TyperOption) -> str:
+    """All spellings of a flag; what a value must look like stands after one that says it."""
+    value = f" {option.metavar}" if option.metavar else ""
+    return ", ".join(f"`{name}{value}`" for name in [*option.opts, *option.secondary_opts])
+
+
+def default(option: TyperOption) -> str:
+    """The default of a flag as the help shows it."""
+    if option.required:
+        return "required"
+    if isinstance(option.show_default, str):
+        return option.show_default
+    if isinstance(option.default, bool):
+        return "on" if option.default else ""
+    return "" if option.default is None else str(option.default)
+
+
+def layout() -> str:
+    """The tree of the package with the first line of each module's docstring."""
+    lines = []
+    for path in sorted(
+        PACKAGE.rglob("*.py"), key=lambda p: (p.parent != PACKAGE, p.parent, p.stem != "__init__", p.name)
+    ):
+        relative = path.relative_to(PACKAGE)
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if not doc:
+            raise SystemExit(f"error: {path.relative_to(ROOT)} has no docstring")
+        first = re.split(r"(?<=\.) |\n", doc.strip(), maxsplit=1)[0].rstrip(".")
+        if path.stem == "__init__":
+            name = f"{relative.parent}/" if len(relative.parts) > 1 else "src/secateur/"
+            name = name if len(relative.parts) == 1 else f"  {name}"
+        else:
+            name = "  " * len(relative.parts) + path.name
+        lines.append(f"{name:<24} {first}".rstrip())
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/methods.md": {
+        "methods": lambda: plugin_table("methods"),
+        "allocation": lambda: plugin_table("allocation"),
+        "method details": lambda: plugin_details("methods", "method"),
+        "allocation details": lambda: plugin_details("allocation", "allocation"),
+    },
+    "docs/cli.md": {"commands": command_reference},
+    "CONTRIBUTING.md": {"layout": layout},
+}
+"""Document -> name of a generated part -> what makes it."""
+
+
+def filled(text: str, parts: dict[str, Callable[[], str]], where: str) -> str:
+    """A document with its generated parts made anew."""
+    for name, make in parts.items():
+        pattern = re.compile(rf"(<!-- generated: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+        if len(pattern.findall(text)) != 1:
+            raise SystemExit(f"error: {where} needs the marks of the part '{name}' exactly once")
+        body = make()
+        text = pattern.sub(lambda match, body=body: f"{match[1]}{body}\n{match[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write what changed, or with ``--check`` name it and return 1."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a part is out of date")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for name, parts in PARTS.items():
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        wanted = filled(text, parts, name)
+        if wanted != text:
+            stale.append(name)
+            if not check:
+                path.write_text(wanted, encoding="utf-8")
+    for name in stale:
+        print(f"error: {name} is out of date; run: make docs" if check else f"wrote {name}", file=sys.stderr)
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""Secateur: prune Transformers, and prove the result.
+
+The names below are loaded when they are first used, so that ``import secateur`` costs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.methods.magnitude import Magnitude
+    from secateur.methods.random import Random
+    from secateur.methods.sparsegpt import SparseGPT
+    from secateur.methods.wanda import Wanda
+    from secateur.recipe import Override, Recipe
+    from secateur.verbs.evaluate import evaluate
+    from secateur.verbs.generate import generate
+    from secateur.verbs.inspect import inspect
+    from secateur.verbs.prune import prune
+
+    __version__: str
+
+_HOMES = {
+    "Magnitude": "secateur.methods.magnitude",
+    "Override": "secateur.recipe",
+    "Random": "secateur.methods.random",
+    "Recipe": "secateur.recipe",
+    "SparseGPT": "secateur.methods.sparsegpt",
+    "Wanda": "secateur.methods.wanda",
+    "evaluate": "secateur.verbs.evaluate",
+    "generate": "secateur.verbs.generate",
+    "inspect": "secateur.verbs.inspect",
+    "prune": "secateur.verbs.prune",
+}
+
+__all__ = [
+    "Magnitude",
+    "Override",
+    "Random",
+    "Recipe",
+    "SparseGPT",
+    "Wanda",
+    "__version__",
+    "evaluate",
+    "generate",
+    "inspect",
+    "prune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562) and keep it."""
+    if name == "__version__":
+        value: Any = _version()
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'secateur' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("secateur")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0+source"

@@ -1,0 +1,1 @@
+"""Rules that divide a sparsity among the matrices of a model; one file each."""

@@ -1,0 +1,139 @@
+"""Where a model comes from: a folder, a hub id, a .gguf file, or ``demo``. All of them end as a local folder."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from secateur.checkpoint.check import check_model_folder
+from secateur.checkpoint.demo import demo_folder
+from secateur.checkpoint.dtypes import NAMES
+from secateur.checkpoint.gguf import convert_gguf, read_manifest
+from secateur.checkpoint.reader import CheckpointReader
+from secateur.errors import SourceError
+from secateur.progress import Reporter
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
+WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "LICENSE*",
+]
+UNWANTED = ["*.bin", "*.py", "*.pt", "*.pth", "*.pkl", "*.onnx", "*/*", "consolidated*.safetensors"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and checked. ``folder`` has config.json and safetensors; ``original_bytes`` and
+    ``original_format`` describe the weights as they came, before any conversion; ``revision`` is that of the hub.
+    ``kind`` is ``memory`` for a model that a caller passed and that was written to a scratch folder.
+    """
+
+    name: str
+    kind: Literal["folder", "hub", "gguf", "demo", "memory"]
+    folder: Path
+    original_bytes: int
+    original_format: str
+    revision: str | None = None
+
+
+def open_source(model: str | Path, *, reporter: Reporter | None = None) -> Source:
+    """Find a model, fetch or convert it when that is needed, and check it.
+
+    ``demo`` is always the demo model; a folder of that name is ``./demo``. A hub id may end in a revision, ``@v1``.
+
+    Raises:
+        SourceError: when it cannot be found, fetched or opened (and what ``check_model_folder`` raises).
+    """
+    reporter = reporter or Reporter()
+    text = str(model)
+    path = Path(model).expanduser()
+    if text == "demo":
+        return _converted("demo", "demo", demo_folder(reporter=reporter))
+    if text and path.is_dir():
+        return _plain(path.resolve().name, "folder", path.resolve(), None)
+    if path.is_file():
+        if path.name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
+            raise SourceError(f"{path} is one file of a model", hint=f"give its folder: {path.parent}")
+        folder = convert_gguf(path, reporter=reporter)
+        return _converted(path.stem, "gguf", folder)
+    if (
+        not text
+        or isinstance(model, Path)
+        or not HUB_ID.fullmatch(text)
+        or text.endswith((".gguf", ".safetensors", ".json"))
+    ):
+        raise SourceError(
+            f"no such file or folder: {text}", hint="give the folder of a model, a hub id, a .gguf file or 'demo'"
+        )
+    return _from_hub(text, reporter)
+
+
+def _converted(name: str, kind: Literal["gguf", "demo"], folder: Path) -> Source:
+    check_model_folder(folder)
+    manifest = read_manifest(folder)
+    return Source(name, kind, folder, manifest["bytes"], manifest["format"])
+
+
+def _plain(name: str, kind: Literal["folder", "hub"], folder: Path, revision: str | None) -> Source:
+    check_model_folder(folder)
+    sizes: Counter[str] = Counter()
+    with CheckpointReader(folder) as reader:
+        for key in reader.keys:
+            info = reader.info(key)
+            sizes[NAMES[info.dtype]] += info.nbytes
+        nbytes = sum(shard.path.stat().st_size for shard in reader.shards)
+    widest = sizes.most_common(1)[0][0] if sizes else "empty"
+    return Source(name, kind, folder, nbytes, f"safetensors {widest}", revision)
+
+
+def _from_hub(text: str, reporter: Reporter) -> Source:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    name, _, revision = text.partition("@")
+    reporter.note(f"opening {text} from the Hugging Face hub")
+    try:
+        folder = snapshot_download(
+            name, revision=revision or None, allow_patterns=WANTED, ignore_patterns=UNWANTED, tqdm_class=None
+        )
+    except GatedRepoError:
+        raise SourceError(f"{name} is gated on the hub", hint="accept its licence there, then: hf auth login") from None
+    except RepositoryNotFoundError:
+        raise SourceError(
+            f"'{name}' is no file, no folder, and no model on the hub",
+            hint="check the spelling; private models need hf auth login",
+        ) from None
+    except RevisionNotFoundError:
+        raise SourceError(f"{name} has no revision '{revision}'", hint="leave it out for the newest") from None
+    except HFValidationError:
+        raise SourceError(
+            f"no such file or folder: {text}", hint="give a folder, a hub id, a .gguf file or 'demo'"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise _unreachable(name, "it cannot be reached and the model is not in the local hub cache") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _unreachable(name, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    found = Path(folder)
+    return _plain(name, "hub", found, found.name)
+
+
+def _unreachable(name: str, reason: str) -> SourceError:
+    return SourceError(
+        f"'{name}' is no file and no folder here, and the hub did not give it: {reason}",
+        hint="check the path or the network, or download the model and give its folder",
+    )

@@ -1,0 +1,44 @@
+"""``secateur methods``: the plug-ins there are, and the options of one of them. No torch is imported."""
+
+from __future__ import annotations
+
+import json as json_format
+from typing import Annotated
+
+import typer
+
+from secateur.cli import console, tables
+from secateur.cli.options import Debug, Json
+from secateur.errors import UnknownNameError
+from secateur.plugins import available, describe
+
+KINDS = {"methods": "method", "allocation": "allocation"}
+"""Folder of plug-ins -> what one of them is called."""
+
+
+def methods(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", show_default=False, help="Tell all about this one, options included."),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the pruning methods and allocation rules, one line each."""
+    found = {kind: available(kind) for kind in KINDS}
+    if name is None:
+        if json:
+            console.write(json_format.dumps(found, indent=2))
+        else:
+            console.show(tables.plugins(found))
+        return
+    for kind, noun in KINDS.items():
+        if name in found[kind]:
+            description = describe(kind, name, noun)
+            if json:
+                options = [vars(option) for option in description.options]
+                console.write(json_format.dumps({"name": name, "doc": description.doc, "options": options}, indent=2))
+            else:
+                console.show(tables.plugin(description))
+            return
+    raise UnknownNameError("method", name, [known for names in found.values() for known in names])

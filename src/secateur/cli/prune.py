@@ -1,0 +1,226 @@
+"""``secateur prune``: flags and recipe file to a recipe, the run, and the table before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from secateur.cli import console, tables
+from secateur.cli.options import CALIBRATION_PANEL, MACHINE_PANEL, OUTPUT_PANEL, Debug, Device, Json, Model, Quiet
+from secateur.cli.options import recipe_option as option
+from secateur.errors import UsageError
+from secateur.progress import Reporter
+from secateur.recipe import Recipe, load_recipe
+
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        show_default="MODEL-METHOD-SPARSITY in the current folder",
+        rich_help_panel=OUTPUT_PANEL,
+        help="Folder to write.",
+    ),
+]
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        rich_help_panel="What to prune and how",
+        help="A YAML file with the same names as the flags; flags win.",
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", rich_help_panel=OUTPUT_PANEL, help="Go on with a run that was interrupted.")
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Replace OUT; it stays until the new one is whole."),
+]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        rich_help_panel=OUTPUT_PANEL,
+        help="Reload OUT in a fresh process with the stock loader and compare it with what was made.",
+    ),
+]
+Measure = Annotated[
+    bool,
+    typer.Option(
+        "--evaluate/--no-evaluate",
+        rich_help_panel=OUTPUT_PANEL,
+        help="Measure quality, memory and speed before and after.",
+    ),
+]
+MeasureData = Annotated[
+    str,
+    typer.Option(
+        "--data", rich_help_panel=OUTPUT_PANEL, help="Text to measure on: a text file, a dataset, or builtin."
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        "--prompt", rich_help_panel=OUTPUT_PANEL, help="Text that both models continue.", show_default="a short one"
+    ),
+]
+
+
+def prune(
+    model: Model,
+    method: Annotated[str | None, option("method")] = None,
+    sparsity: Annotated[float | None, option("sparsity")] = None,
+    pattern: Annotated[str | None, option("pattern")] = None,
+    allocation: Annotated[str | None, option("allocation")] = None,
+    method_options: Annotated[
+        list[str] | None, option("method_options", "--method-option", metavar="KEY=VALUE")
+    ] = None,
+    targets: Annotated[list[str] | None, option("targets", metavar="PATTERN")] = None,
+    ignore: Annotated[list[str] | None, option("ignore", metavar="PATTERN")] = None,
+    overrides: Annotated[list[str] | None, option("overrides", "--override", metavar="PATTERN=SPARSITY")] = None,
+    seed: Annotated[int | None, option("seed")] = None,
+    recipe: RecipeFile = None,
+    calibration: Annotated[str | None, option("calibration", panel=CALIBRATION_PANEL)] = None,
+    samples: Annotated[int | None, option("samples", panel=CALIBRATION_PANEL)] = None,
+    sequence_length: Annotated[int | None, option("sequence_length", panel=CALIBRATION_PANEL)] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, option("dtype", panel=MACHINE_PANEL)] = None,
+    compute_dtype: Annotated[str | None, option("compute_dtype", panel=MACHINE_PANEL)] = None,
+    activation_memory: Annotated[str | None, option("activation_memory", panel=MACHINE_PANEL)] = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    verify: Verify = True,
+    evaluate: Measure = True,
+    data: MeasureData = "builtin",
+    prompt: Prompt = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Prune a model, write it as an ordinary folder, verify what was written, and measure before and after."""
+    flags = {
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "allocation": allocation,
+        "method_options": parse_method_options(method_options or []),
+        "targets": targets,
+        "ignore": ignore,
+        "overrides": parse_overrides(overrides or []),
+        "seed": seed,
+        "calibration": calibration,
+        "samples": samples,
+        "sequence_length": sequence_length,
+        "device": device,
+        "dtype": dtype,
+        "compute_dtype": compute_dtype,
+        "activation_memory": activation_memory,
+    }
+    with console.working(quiet=quiet) as reporter:
+        final = build_recipe(flags, recipe, reporter)
+        where = out if out is not None else default_out(model, final)
+        if out is None:
+            reporter.note(f"the result goes to {where}")
+        from secateur.verbs.prune import prune as run
+
+        result = run(
+            model,
+            where,
+            recipe=final,
+            resume=resume,
+            overwrite=overwrite,
+            verify=verify,
+            evaluate=evaluate,
+            data=data,
+            prompt=prompt,
+            reporter=reporter,
+        )
+    console.emit(result, json=json, render=lambda: tables.pruned(result))
+
+
+def build_recipe(flags: Mapping[str, Any], file: Path | None, reporter: Reporter) -> Recipe:
+    """Lay the flags that were given over the recipe file.
+
+    A flag replaces the value of the file. ``--method-option`` replaces one option, not all; but the options in the
+    file belong to the file's method and are left out, with a warning, when ``--method`` names another.
+
+    Raises:
+        RecipeError: for an unknown key or a value of the wrong kind in the file.
+        UsageError: for a flag with a value that makes no sense.
+    """
+    given = {name: value for name, value in flags.items() if value is not None and value != [] and value != {}}
+    if file is None:
+        return Recipe.from_dict(given, where="flags")
+    data = {str(key).replace("-", "_"): value for key, value in load_recipe(file).items()}
+    Recipe.from_dict(data, where=str(file))  # a fault of the file is told as one of the file
+    options = data.get("method_options")
+    if isinstance(options, Mapping):
+        if given.get("method", data.get("method")) == data.get("method"):
+            given["method_options"] = {**options, **given.get("method_options", {})}
+        else:
+            data.pop("method_options")
+            owner = data.get("method", "the default method")
+            reporter.warn(f"{file}: method_options are left out, they belong to {owner}")
+    return Recipe.from_dict({**data, **given}, where=f"{file} with flags")
+
+
+def parse_method_options(texts: Sequence[str]) -> dict[str, str]:
+    """Read ``KEY=VALUE`` texts; the method turns the values into their types.
+
+    Raises:
+        UsageError: for a text without ``=`` or a key given twice.
+    """
+    options: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UsageError(
+                f"--method-option '{text}' is not KEY=VALUE", hint="for example: --method-option damping=0.05"
+            )
+        if key in options:
+            raise UsageError(f"--method-option {key} is given twice", hint="give each option once")
+        options[key] = value.strip()
+    return options
+
+
+def parse_overrides(texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Read ``PATTERN=SPARSITY`` texts; the last ``=`` divides, since a regular expression may hold one.
+
+    Raises:
+        UsageError: for a text of another form.
+    """
+    overrides = []
+    for text in texts:
+        match, _, sparsity = text.rpartition("=")
+        try:
+            value = float(sparsity)
+        except ValueError:
+            match = ""
+        if not match:
+            raise UsageError(
+                f"--override '{text}' is not PATTERN=SPARSITY", hint="for example: --override '*down_proj*=0.6'"
+            )
+        overrides.append({"match": match, "sparsity": value})
+    return overrides
+
+
+def default_out(model: str, recipe: Recipe) -> Path:
+    """The folder to write when none is given: ``demo-wanda-0.5``, ``Llama-3.2-1B-sparsegpt-2-4``.
+
+    Raises:
+        UsageError: when no name can be made from MODEL.
+    """
+    path = Path(model)
+    name = (path.resolve() if path.name in {"", ".", ".."} else path).name.removesuffix(".gguf")
+    if not name:
+        raise UsageError(f"no folder name can be made from '{model}'", hint="give one with -o OUT")
+    pattern = recipe.parsed_pattern
+    amount = f"{recipe.effective_sparsity:g}" if pattern.unstructured else f"{pattern.keep}-{pattern.group}"
+    return Path(f"{name}-{recipe.method}-{amount}")

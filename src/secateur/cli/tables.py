@@ -1,0 +1,187 @@
+"""What people read: results as tables. Pure functions of a result; a row whose values were not measured is left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from secateur.plugins import Description
+from secateur.result import EvaluateResult, InspectResult, Measured, PruneResult
+
+Column = tuple[str, Measured]
+Row = tuple[str, Callable[[Measured], str | None]]
+
+
+def megabytes(count: int | None) -> str | None:
+    """Bytes in MB of 10^6, as the disk counts."""
+    return None if count is None else f"{count / 1e6:,.1f} MB"
+
+
+def number(value: float | None, digits: int = 2) -> str | None:
+    """A number with its thousands apart."""
+    return None if value is None else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None, digits: int = 2) -> str | None:
+    """A share of 1 as a percentage."""
+    return None if share is None else f"{share:.{digits}%}".replace("%", " %")
+
+
+ROWS: tuple[Row, ...] = (
+    ("perplexity (lower is better)", lambda m: number(m.perplexity)),
+    ("sparsity of the prunable weights", lambda m: percent(m.sparsity)),
+    ("zeros among all parameters", lambda m: percent(1 - m.nonzero / m.parameters) if m.parameters else None),
+    ("parameters", lambda m: f"{m.parameters:,}"),
+    ("number format", lambda m: m.dtype),
+    ("bytes on disk", lambda m: megabytes(m.bytes_disk)),
+    ("resident memory", lambda m: megabytes(m.bytes_resident)),
+    ("decoding, tokens/s", lambda m: number(m.decode_tokens_per_second, 1)),
+)
+"""The measures of a model, one row each; a new measure is one more line here."""
+
+
+def comparison(columns: Sequence[Column]) -> Table:
+    """Measures down, models across: any number of columns of (title, measured)."""
+    accuracies = dict.fromkeys(name for _, measured in columns for name in measured.accuracy)
+    rows: list[Row] = [*ROWS, *((f"accuracy, {name}", _accuracy(name)) for name in accuracies)]
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("")
+    for title, _ in columns:
+        table.add_column(Text(title), justify="right", no_wrap=True)
+    for label, value in rows:
+        cells = [value(measured) for _, measured in columns]
+        if any(cell is not None for cell in cells):
+            table.add_row(Text(label), *(Text("-" if cell is None else cell) for cell in cells))
+    return table
+
+
+def _accuracy(name: str) -> Callable[[Measured], str | None]:
+    return lambda measured: percent(measured.accuracy.get(name), 1)
+
+
+def pruned(result: PruneResult) -> RenderableType:
+    """The table before and after, both continuations, the verdict, and where the result is."""
+    columns: list[Column] = [("before", result.before), ("after", result.after)]
+    parts: list[RenderableType] = [comparison(columns), Text()]
+    told = [(title, measured.continuation) for title, measured in columns if measured.continuation is not None]
+    if told:
+        prompt = result.protocol.get("prompt")
+        if isinstance(prompt, str):
+            parts.append(_labelled("prompt", prompt))
+        parts += [_labelled(title, text) for title, text in told]
+        parts.append(Text())
+    parts += [Text(sentence) for sentence in result.verdict]
+    state = "verified" if result.verified else "not verified"
+    took = f"{result.seconds:,.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory"
+    parts.append(Text(f"{result.out} ({state}; {took})"))
+    return Group(*parts)
+
+
+def _labelled(label: str, text: str) -> Text:
+    return Text.assemble((f"{label}: ", "bold"), " ".join(text.split()))
+
+
+def _facts(rows: Sequence[tuple[str, str | None]]) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for label, value in rows:
+        if value is not None:
+            table.add_row(Text(label, style="bold"), Text(value))
+    return table
+
+
+T = TypeVar("T")
+
+
+def _grouped(items: Sequence[T], key: Callable[[T], tuple[str, ...]]) -> dict[tuple[str, ...], list[T]]:
+    groups: dict[tuple[str, ...], list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def family(name: str) -> str:
+    """A name with its numbers as ``*``: the glob, ready for ``--targets``, that names this kind of matrix."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """``[576, 1536]`` as ``576 x 1536``."""
+    return " x ".join(map(str, shape))
+
+
+def inspected(result: InspectResult, *, each: bool) -> RenderableType:
+    """The facts of a model, its prunable matrices (by kind unless ``each``), and what stays and why."""
+    label = (lambda name: name) if each else family
+    facts = _facts(
+        [
+            ("model", result.model),
+            ("architecture", result.architecture),
+            ("blocks", str(result.blocks)),
+            ("number format", result.dtype),
+            ("bytes on disk", megabytes(result.bytes_disk)),
+            ("parameters", f"{result.parameters:,}, of them {result.nonzero:,} not zero"),
+            ("prunable", f"{result.prunable:,} in {len(result.matrices)} matrices"),
+            ("sparsity", f"{percent(result.sparsity)} of the prunable weights"),
+        ]
+    )
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("can be pruned", overflow="fold")
+    for title in ("matrices", "shape", "zeros"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for (name, shape), matrices in _grouped(result.matrices, lambda m: (label(m.name), shape_text(m.shape))).items():
+        table.add_row(Text(name), str(len(matrices)), shape, f"{sum(m.zeros for m in matrices):,}")
+    kept = Table(show_edge=False, pad_edge=False)
+    kept.add_column("stays as it is", overflow="fold")
+    kept.add_column("tensors", justify="right", no_wrap=True)
+    kept.add_column("because")
+    for (name, reason), tensors in _grouped(result.unprunable, lambda u: (label(u.name), u.reason)).items():
+        kept.add_row(Text(name), str(len(tensors)), Text(reason))
+    return Group(facts, Text(), table, Text(), kept)
+
+
+def evaluated(result: EvaluateResult) -> RenderableType:
+    """What was measured, each with its standard error, and the protocol that made it."""
+
+    def with_error(value: str | None, error: str | None) -> str | None:
+        return value if value is None or error is None else f"{value} ± {error}"
+
+    rows: list[tuple[str, str | None]] = [
+        ("model", result.model),
+        ("perplexity", with_error(number(result.perplexity), number(result.perplexity_stderr))),
+        ("nats per token", with_error(number(result.nll_per_token, 4), number(result.nll_stderr, 4))),
+        ("tokens", None if result.tokens is None else f"{result.tokens:,}"),
+        ("tokens/s", number(result.tokens_per_second, 1)),
+    ]
+    for name, accuracy in result.accuracy.items():
+        error = percent(result.accuracy_stderr.get(name), 1)
+        rows.append((f"accuracy, {name}", with_error(percent(accuracy, 1), error)))
+    protocol = [(f"  {key}", str(value)) for key, value in result.protocol.items()]
+    return Group(_facts(rows), Text("protocol", style="bold"), _facts(protocol))
+
+
+def plugins(found: Mapping[str, Mapping[str, str]]) -> RenderableType:
+    """All plug-ins, one line each, under the name of their kind."""
+    table = Table.grid(padding=(0, 2))
+    for kind, lines in found.items():
+        table.add_row(Text(kind, style="bold"), "")
+        for name, line in lines.items():
+            table.add_row(Text(f"  {name}"), Text(line))
+    return table
+
+
+def plugin(description: Description) -> RenderableType:
+    """All that one plug-in says about itself, options last."""
+    parts: list[RenderableType] = [Text(description.name, style="bold"), Text(description.doc), Text()]
+    if not description.options:
+        return Group(*parts, Text("It has no options."))
+    table = Table(show_edge=False, pad_edge=False)
+    for title in ("option", "type", "default", ""):
+        table.add_column(title, no_wrap=title != "")
+    for option in description.options:
+        table.add_row(*(Text(text) for text in (option.name, option.type, option.default, option.help)))
+    return Group(*parts, table)

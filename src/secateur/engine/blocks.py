@@ -1,0 +1,174 @@
+"""Blocks and prunable matrices, found by structure: no list of model names.
+
+A model is an embedding, one or more rows of repeated blocks, and a head. transformers marks the blocks by the class
+`GradientCheckpointingLayer`; where nothing is marked, the longest module list of one class is taken. Any Linear, Conv1D
+or fused 3-D expert tensor inside a block is a prunable matrix, seen as (out_features, in_features).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from secateur.engine.skeleton import tensors_of
+from secateur.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class MatrixSpec:
+    """One prunable tensor of a block.
+
+    ``transposed`` says that the stored tensor is (in, out) rather than (out, in); ``experts`` counts the matrices that
+    are stacked along a first dimension, 0 for an ordinary matrix.
+    """
+
+    name: str
+    module: str
+    out_features: int
+    in_features: int
+    transposed: bool = False
+    experts: int = 0
+
+    @property
+    def shape(self) -> list[int]:
+        """(out, in), or (experts, out, in)."""
+        base = [self.out_features, self.in_features]
+        return [self.experts, *base] if self.experts else base
+
+    @property
+    def size(self) -> int:
+        return self.out_features * self.in_features * max(self.experts, 1)
+
+    def slices(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Views of a stored tensor as (out, in) matrices: one, or one for each expert."""
+        parts = list(tensor) if self.experts else [tensor]
+        return [part.T for part in parts] if self.transposed else parts
+
+
+@dataclass
+class Block:
+    """One repeated block: its module path, its prunable matrices, and every tensor it holds."""
+
+    index: int
+    name: str
+    matrices: list[MatrixSpec] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Structure:
+    """Blocks of a model in order, and what cannot be pruned: tensor name -> (shape, reason)."""
+
+    blocks: list[Block]
+    unprunable: dict[str, tuple[list[int], str]]
+
+    @property
+    def matrices(self) -> list[MatrixSpec]:
+        return [matrix for block in self.blocks for matrix in block.matrices]
+
+
+def find_structure(model: nn.Module) -> Structure:
+    """Find blocks and matrices.
+
+    Raises:
+        UnsupportedModelError: when the model has no repeated blocks.
+    """
+    names = _block_names(model)
+    if not names:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no repeated blocks",
+            hint="secateur prunes models that are a row of Transformer blocks",
+        )
+    unprunable: dict[str, tuple[list[int], str]] = {}
+    blocks = []
+    inside: set[str] = set()
+    shared: dict[int, str] = {}
+    for index, name in enumerate(names):
+        block_module = model.get_submodule(name)
+        block = Block(index, name, tensors=list(tensors_of(block_module, name)))
+        inside.update(block.tensors)
+        for path, module in block_module.named_modules(prefix=name):
+            for matrix, reason in _matrices_of(module, path):
+                parameter = module.get_parameter(matrix.name.rpartition(".")[2])
+                owner = shared.setdefault(id(parameter), matrix.name)
+                if owner != matrix.name:
+                    reason = f"shares its weights with {owner}"
+                if reason:
+                    unprunable[matrix.name] = (matrix.shape, reason)
+                else:
+                    block.matrices.append(matrix)
+        blocks.append(block)
+    prunable = {matrix.name for block in blocks for matrix in block.matrices}
+    if not prunable:
+        raise UnsupportedModelError(f"the blocks of {type(model).__name__} hold no Linear, Conv1D or expert matrices")
+    for name, tensor in tensors_of(model).items():
+        if tensor.ndim >= 2 and name not in prunable and name not in unprunable:
+            where = "inside a block, but not" if name in inside else "outside the blocks"
+            unprunable[name] = (list(tensor.shape), _reason(model, name, where))
+    return Structure(blocks, unprunable)
+
+
+def _block_names(model: nn.Module) -> list[str]:
+    marked = [name for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    outermost: list[str] = []
+    for name in marked:
+        if not any(name.startswith(other + ".") for other in outermost):
+            outermost.append(name)
+    if outermost:
+        return outermost
+    rows: list[tuple[int, str]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(child) for child in module}) == 1:
+            rows.append((len(module), name))
+    if not rows:
+        return []
+    longest = max(rows, key=lambda row: row[0])[1]
+    return [f"{longest}.{index}" for index in range(len(model.get_submodule(longest)))]  # type: ignore[arg-type]
+
+
+def _matrices_of(module: nn.Module, path: str) -> list[tuple[MatrixSpec, str]]:
+    """The matrices a module itself owns, each with a reason when it cannot be pruned."""
+    if isinstance(module, nn.Linear):
+        return [(MatrixSpec(f"{path}.weight", path, module.out_features, module.in_features), "")]
+    if isinstance(module, Conv1D):
+        in_features, out_features = module.weight.shape
+        return [(MatrixSpec(f"{path}.weight", path, out_features, in_features, transposed=True), "")]
+    if type(module).__module__.startswith("torch.nn"):
+        return []
+    found = []
+    transposed = bool(getattr(module, "is_transposed", False))
+    for leaf, parameter in module.named_parameters(recurse=False):
+        if parameter.ndim == 3 and "bias" not in leaf:
+            experts, first, second = parameter.shape
+            out_features, in_features = (second, first) if transposed else (first, second)
+            spec = MatrixSpec(f"{path}.{leaf}", path, out_features, in_features, transposed, experts)
+            found.append((spec, ""))
+    return found
+
+
+def _reason(model: nn.Module, name: str, where: str) -> str:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return f"an embedding ({where.split(',')[0]})"
+    if isinstance(module, nn.Linear | Conv1D):
+        return f"a {kind} {where}: heads and input projections stay dense"
+    if where.startswith("inside"):
+        return f"{where} a Linear, Conv1D or expert tensor ({leaf} of {kind})"
+    return f"{leaf} of {kind}, {where}"
+
+
+def expert_order(matrices: Sequence[MatrixSpec]) -> dict[tuple[str, int], tuple[int, int, int]]:
+    """Sort key of every single matrix: the order of the modules, and inside a module expert by expert."""
+    modules = list(dict.fromkeys(matrix.module for matrix in matrices))
+    order = {}
+    for position, matrix in enumerate(matrices):
+        for expert in range(max(matrix.experts, 1)):
+            order[matrix.name, expert] = (modules.index(matrix.module), expert, position)
+    return order

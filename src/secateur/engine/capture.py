@@ -1,0 +1,211 @@
+"""Forwards that pause: at the entry of every block and at every prunable matrix.
+
+Each calibration batch runs the model's own forward in a coroutine (a greenlet). When the forward reaches a matrix, the
+coroutine hands over the input and waits; when all have arrived, the matrix is solved from the inputs that really came,
+and each coroutine goes on with the pruned weights. So one forward is enough, and nothing here knows how an architecture
+passes masks, positions or caches around.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.overrides
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+from secateur.engine.activations import Watcher
+from secateur.engine.blocks import Block, MatrixSpec
+from secateur.errors import UnsupportedModelError
+from secateur.statistics import InputStatistics
+
+
+@dataclass(frozen=True)
+class AtBlock:
+    """A forward is about to enter a block."""
+
+    index: int
+
+
+@dataclass(frozen=True, eq=False)
+class AtMatrix:
+    """A forward is about to multiply ``input`` (..., in_features) with a matrix (expert 0 for an ordinary one)."""
+
+    name: str
+    expert: int
+    input: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A forward has nothing more to show; ``output`` is the model's output unless it was cut off after the last block."""
+
+    output: Any = None
+
+
+Event = AtBlock | AtMatrix | Finished
+
+
+class Lane(greenlet):
+    """One batch on its way through the model. ``observed`` lanes pause at matrices, others only at blocks."""
+
+    def __init__(self, model: nn.Module, inputs: Mapping[str, torch.Tensor], *, observed: bool, blocks: int) -> None:
+        super().__init__(self._forward)
+        self._model = model
+        self._inputs = dict(inputs)
+        self.observed = observed
+        self.watcher = Watcher()
+        self.event: Event | None = None
+        self.last_input: tuple[torch.Tensor, int, InputStatistics] | None = None
+        """Input of the latest matrix, its version and the statistics it went into: the next matrix may get the same."""
+        self._blocks_left = set(range(blocks))
+
+    def _forward(self) -> Finished:
+        with self.watcher:
+            return Finished(self._model(**self._inputs))
+
+    def advance(self) -> Event:
+        """Run until the next event."""
+        event: Event = self.switch()
+        self.event = event
+        return event
+
+    def stop(self) -> None:
+        """Unwind the forward where it stands and free what it holds."""
+        if not self.dead and self:
+            self.throw(GreenletExit)
+        self.last_input = None
+
+    def entered(self, index: int) -> bool:
+        """Note a block; False when it was entered before, which means that blocks share weights."""
+        if index not in self._blocks_left:
+            return False
+        self._blocks_left.discard(index)
+        return True
+
+    @property
+    def saw_all_blocks(self) -> bool:
+        return not self._blocks_left
+
+
+def _pause(event: Event) -> None:
+    """Hand an event to the loop and wait. The stack of torch function modes belongs to the coroutine: it is taken along."""
+    modes = []
+    while torch.overrides._len_torch_function_stack():
+        modes.append(torch.overrides._pop_mode())
+    parent = getcurrent().parent
+    assert parent is not None
+    try:
+        parent.switch(event)
+    finally:
+        for mode in reversed(modes):
+            torch.overrides._push_mode(mode)
+
+
+class Capture:
+    """Puts the pauses into a model, and takes them out again: a context manager."""
+
+    def __init__(self, model: nn.Module, blocks: list[Block], on_outside: Callable[[str], None]) -> None:
+        self._model = model
+        self._blocks = blocks
+        self._on_outside = on_outside
+        self._handles: list[Any] = []
+        self._overridden: list[nn.Module] = []
+
+    def __enter__(self) -> Capture:
+        inside: set[str] = set()
+        for block in self._blocks:
+            module = self._model.get_submodule(block.name)
+            inside.update(name for name, _ in module.named_modules(prefix=block.name))
+            self._handles.append(module.register_forward_pre_hook(self._enter_block(block)))
+            self._handles.append(module.register_forward_hook(self._leave_block))
+            for matrix in block.matrices:
+                if not matrix.experts:
+                    self._watch_linear(matrix)
+        for name, module in self._model.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if name not in inside and own:
+                self._handles.append(module.register_forward_pre_hook(self._enter_outside(name)))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._overridden:
+            del module.__dict__["forward"]
+        self._handles.clear()
+        self._overridden.clear()
+
+    def _enter_block(self, block: Block) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            lane = getcurrent()
+            if isinstance(lane, Lane):
+                if not lane.entered(block.index):
+                    raise UnsupportedModelError(
+                        f"block {block.name} runs more than once in one forward (shared weights)",
+                        hint="prune it with a method that needs no calibration: magnitude",
+                    )
+                _pause(AtBlock(block.index))
+
+        return hook
+
+    @staticmethod
+    def _leave_block(module: nn.Module, args: Any, output: Any) -> None:
+        lane = getcurrent()
+        if isinstance(lane, Lane) and lane.observed and lane.saw_all_blocks:
+            _pause(Finished())  # never resumed: what follows is the head, which calibration does not need
+
+    def _enter_outside(self, name: str) -> Callable[..., None]:
+        return lambda module, args: self._on_outside(name)
+
+    def _watch_linear(self, matrix: MatrixSpec) -> None:
+        module = self._model.get_submodule(matrix.module)
+        forward = module.forward
+
+        def paused(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            lane = getcurrent()
+            if isinstance(lane, Lane) and lane.observed:
+                _pause(AtMatrix(matrix.name, 0, input))
+            return forward(input, *args, **kwargs)
+
+        module.__dict__["forward"] = paused
+        self._overridden.append(module)
+
+
+class ExpertTensor(torch.Tensor):
+    """A fused expert tensor (experts, ...) that knows its matrix, so that a product with one slice can be observed."""
+
+    spec: MatrixSpec
+    expert: int | None
+
+    @staticmethod
+    def wrap(tensor: torch.Tensor, spec: MatrixSpec, expert: int | None = None) -> ExpertTensor:
+        wrapped = tensor.as_subclass(ExpertTensor)
+        wrapped.spec, wrapped.expert = spec, expert
+        return wrapped
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        weight = next((arg for arg in args if isinstance(arg, ExpertTensor)), None)
+        name = getattr(func, "__name__", "")
+        if weight is not None and weight.expert is not None:
+            lane = getcurrent()
+            if name in {"linear", "matmul", "mm", "__matmul__"} and isinstance(lane, Lane) and lane.observed:
+                weight._check_layout(name)
+                _pause(AtMatrix(weight.spec.name, weight.expert, args[0]))
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        if weight is not None and weight.expert is None and name == "__getitem__" and weight is args[0]:
+            index = args[1]
+            if isinstance(index, int) or (isinstance(index, torch.Tensor) and index.ndim == 0):
+                return ExpertTensor.wrap(result, weight.spec, int(index))
+        return result
+
+    def _check_layout(self, operation: str) -> None:
+        assert self.spec is not None
+        if (operation == "linear") == self.spec.transposed:
+            raise UnsupportedModelError(f"the experts of {self.spec.name} are stored the other way round than declared")

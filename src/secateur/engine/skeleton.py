@@ -1,0 +1,86 @@
+"""A model without weights: every module in its place, parameters on the meta device, buffers real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+
+from secateur.errors import UnsupportedModelError
+
+
+def build_skeleton(folder: Path) -> transformers.PreTrainedModel:
+    """The stock class that the config names, in eval mode, without weights.
+
+    Parameters lie on the meta device and take no memory; buffers that the code computes (rotary frequencies, position
+    ids) are real, because no checkpoint holds them.
+
+    Raises:
+        UnsupportedModelError: when the installed transformers has no such class.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    cls = model_class(config)
+    with init_empty_weights(include_buffers=False):
+        model: transformers.PreTrainedModel = cls._from_config(config)
+    # Nothing is generated here, and a KV cache would only hold memory; experts must run one by one to be observed.
+    for part in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
+        if getattr(part, "use_cache", False):
+            part.use_cache = False
+        if hasattr(part, "_experts_implementation"):
+            part._experts_implementation = "eager"
+    return model.eval()
+
+
+def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
+    """The class named by ``architectures``, or the causal-LM or base class of the model type.
+
+    Raises:
+        UnsupportedModelError: when there is none.
+    """
+    for name in config.architectures or []:
+        cls = getattr(transformers, name, None)
+        if cls is not None:
+            return cls  # type: ignore[no-any-return]
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto._model_mapping[type(config)]  # type: ignore[no-any-return]
+    raise UnsupportedModelError(
+        f"transformers {transformers.__version__} has no model class for '{config.model_type}' "
+        f"(architectures: {config.architectures})",
+        hint="upgrade transformers, or give config.json an 'architectures' entry of a known class",
+    )
+
+
+def tied_names(model: transformers.PreTrainedModel) -> dict[str, str]:
+    """Parameter name -> the name whose tensor it shares (an output head tied to its embedding, for example)."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def tensors_of(module: nn.Module, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers of a module and all below it, by full name."""
+    dot = f"{prefix}." if prefix else ""
+    return {dot + name: tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+
+
+def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor in the place of a parameter or buffer, whatever its dtype or device was."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def drop_tensor(model: nn.Module, name: str) -> None:
+    """Put the meta tensor back, so that the memory is free."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    old = module._parameters.get(leaf)
+    if old is None:
+        old = module._buffers[leaf]
+    assert old is not None
+    set_tensor(model, name, torch.empty_like(old, device="meta"))

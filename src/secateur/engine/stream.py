@@ -1,0 +1,368 @@
+"""The loop: for each block, load its weights, let the forwards come to each matrix, solve it, write it, free it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import transformers
+
+from secateur.engine.activations import ActivationStore
+from secateur.engine.binding import Binding, TensorReader, Unit
+from secateur.engine.blocks import Block, MatrixSpec, Structure, expert_order
+from secateur.engine.capture import AtBlock, AtMatrix, Capture, ExpertTensor, Finished, Lane
+from secateur.engine.inputs import output_tensor
+from secateur.engine.plan import Plan
+from secateur.engine.skeleton import drop_tensor, set_tensor
+from secateur.errors import CalibrationError, RunError
+from secateur.plugins import Method, make_method
+from secateur.progress import Reporter
+from secateur.result import PrunedMatrix
+from secateur.statistics import InputStatistics
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+class BlockSink(Protocol):
+    """Where finished blocks go, and where a resumed run finds them again."""
+
+    def done(self, index: int) -> list[PrunedMatrix] | None:
+        """Results of a block that an earlier run finished, None when there are none."""
+
+    def reader(self) -> TensorReader:
+        """Reads back what was written."""
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Number format in which a key is written."""
+
+    def write(self, key: str, tensor: torch.Tensor) -> None:
+        """Put one tensor in its place."""
+
+    def copy(self, key: str) -> None:
+        """Put one tensor of the source in its place as it is."""
+
+    def finish(self, index: int, matrices: list[PrunedMatrix]) -> None:
+        """All tensors of a block are written."""
+
+
+@dataclass
+class StreamResult:
+    """Results of all matrices in order, and the probe's answer (batch, ..., features) in float32 if there was a probe."""
+
+    matrices: list[PrunedMatrix] = field(default_factory=list)
+    probe: torch.Tensor | None = None
+
+
+@dataclass
+class BlockStream:
+    """One run over a model's blocks. ``plan`` names the matrices to prune; all others stay as they are."""
+
+    model: transformers.PreTrainedModel
+    structure: Structure
+    binding: Binding
+    source: TensorReader
+    sink: BlockSink
+    method: Method
+    plan: Plan
+    store: ActivationStore
+    device: torch.device = torch.device("cpu")
+    compute_dtype: torch.dtype = torch.float32
+    seed: int = 0
+    reporter: Reporter = field(default_factory=Reporter)
+
+    def __post_init__(self) -> None:
+        self._outside: dict[str, None] = {}
+        self._outside_dtype = self.compute_dtype
+        self._written: set[str] = set()
+
+    def run(self, batches: Sequence[Inputs], probe: Inputs | None = None) -> StreamResult:
+        """Prune all blocks, in the order in which the forward runs through them.
+
+        Args:
+            batches: forward arguments of the calibration data; empty when the method needs no statistics.
+            probe: arguments of a short forward whose output through the pruned model is wanted.
+
+        Raises:
+            CalibrationError: when an activation is not finite.
+            RunError: when a solver returns a value that is not finite.
+        """
+        result: dict[int, list[PrunedMatrix]] = {}
+        count = len(self.structure.blocks)
+        lanes = [self._lane(batch, observed=True) for batch in batches]
+        prober = self._lane(probe, observed=False) if probe is not None else None
+        answer: torch.Tensor | None = None
+        self.reporter.stage("pruning", count)
+        try:
+            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
+                for lane in lanes:
+                    self._advance(lane)
+                self._release_outside()
+                if prober is not None:
+                    self._advance_probe(prober)
+                while waiting := {lane.event.index for lane in [*lanes, prober] if lane and isinstance(lane.event, AtBlock)}:
+                    index = min(waiting)
+                    here = [lane for lane in lanes if lane.event == AtBlock(index)]
+                    result[index] = self._block(self.structure.blocks[index], here, prober)
+                for block in self.structure.blocks:  # never reached by the forward
+                    if block.index not in result:
+                        result[block.index] = self._block(block, [], None)
+                if prober is not None and isinstance(prober.event, Finished):
+                    answer = output_tensor(prober.event.output).float().cpu()
+                    prober.event = None
+        finally:
+            for lane in [*lanes, prober]:
+                if lane is not None:
+                    lane.stop()
+            self._release_outside()
+            self.store.close()
+        return StreamResult([matrix for index in range(count) for matrix in result[index]], answer)
+
+    def _lane(self, inputs: Inputs, *, observed: bool) -> Lane:
+        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        if observed and self.compute_dtype != torch.float32:
+            inputs = {n: v.to(self.compute_dtype) if v.is_floating_point() else v for n, v in inputs.items()}
+        return Lane(self.model, inputs, observed=observed, blocks=len(self.structure.blocks))
+
+    # --- one block -----------------------------------------------------------------------------------------------
+
+    def _block(self, block: Block, lanes: list[Lane], prober: Lane | None) -> list[PrunedMatrix]:
+        finished = self.sink.done(block.index)
+        names = [name for name in block.tensors if self.binding.bound(name)]
+        final = self.binding.load(names, self.source if finished is None else self.sink.reader())
+        probing = prober is not None and prober.event == AtBlock(block.index)
+        try:
+            if finished is None:
+                matrices = self._prune_block(block, lanes, final)
+                self._write(names, {matrix.name for matrix in matrices}, final)
+                self.sink.finish(block.index, matrices)
+            else:
+                matrices = finished
+                if lanes:
+                    self._install(block, final, self.compute_dtype)
+                for lane in lanes:
+                    self._pass(lane)
+            self._release_outside()
+            if probing:
+                assert prober is not None
+                self._install(block, final, torch.float32)
+                self._advance_probe(prober)
+        finally:
+            for name in names:
+                drop_tensor(self.model, name)
+        self.reporter.advance(block.name)
+        return matrices
+
+    def _prune_block(self, block: Block, lanes: list[Lane], final: dict[str, torch.Tensor]) -> list[PrunedMatrix]:
+        """Solve every targeted matrix of a block. ``final`` holds source tensors and afterwards what is to be written."""
+        specs = {matrix.name: matrix for matrix in block.matrices}
+        reports = {
+            name: PrunedMatrix(name, spec.shape, 0, 0.0) for name, spec in specs.items() if name in self.plan.targets
+        }
+        if lanes:
+            self._install(block, final, self.compute_dtype)
+        solver = _Solver(self, specs, final, reports)
+        for lane in lanes:
+            self._advance(lane, solver)
+        order = expert_order(block.matrices)
+        while at := {(lane.event.name, lane.event.expert) for lane in lanes if isinstance(lane.event, AtMatrix)}:
+            key = min(at, key=order.__getitem__)
+            solver.solve(*key)
+            for lane in lanes:
+                if isinstance(lane.event, AtMatrix) and (lane.event.name, lane.event.expert) == key:
+                    self._advance(lane, solver)
+        for lane in lanes:
+            lane.last_input = None
+        solver.solve_rest()
+        for name, spec in specs.items():
+            if name in reports:
+                zeros = int((final[name] == 0).sum())
+                reports[name].zeros, reports[name].sparsity = zeros, zeros / spec.size
+        return list(reports.values())
+
+    def output_dtype(self, name: str) -> torch.dtype:
+        """Number format in which a tensor of the model is written."""
+        return self.sink.dtype(self.binding.unit_of(name).keys[0])
+
+    def _write(self, names: Sequence[str], pruned: set[str], final: dict[str, torch.Tensor]) -> None:
+        units: dict[int, Unit] = {id(unit): unit for unit in map(self.binding.unit_of, names)}
+        for unit in units.values():
+            fresh = [key for key in unit.keys if key not in self._written]
+            if not pruned.intersection(unit.names):
+                for key in fresh:
+                    self.sink.copy(key)
+            else:
+                for key, tensor in self.binding.unload(unit, {name: final[name] for name in unit.names}).items():
+                    self.sink.write(key, tensor.to(self.sink.dtype(key)))
+            self._written.update(unit.keys)
+
+    # --- weights of the running model ----------------------------------------------------------------------------
+
+    def _install(self, block: Block, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        experts = {matrix.name: matrix for matrix in block.matrices if matrix.experts}
+        for name, tensor in tensors.items():
+            placed = self._placed(name, tensor, dtype)
+            set_tensor(self.model, name, placed)
+            if name in experts:
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._parameters[leaf] = ExpertTensor.wrap(placed, experts[name])  # type: ignore[assignment]
+
+    def _placed(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A copy for the running model: it must not share memory with what is written."""
+        if not tensor.is_floating_point():
+            return tensor.to(self.device, copy=True)
+        return tensor.to(self.output_dtype(name)).to(self.device, dtype, copy=True)
+
+    def _load_outside(self, module_name: str) -> None:
+        """A module outside the blocks is about to run: embedding, final norm, head."""
+        module = self.model.get_submodule(module_name)
+        names = [f"{module_name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
+        names += [
+            name
+            for leaf, _ in module.named_buffers(recurse=False)
+            if self.binding.bound(name := f"{module_name}.{leaf}".lstrip("."))
+        ]
+        wanted = [name for name in names if name not in self._outside]
+        for name, tensor in self.binding.load(wanted, self.source).items():
+            placed = self._placed(name, tensor, self._outside_dtype)
+            set_tensor(self.model, name, placed)
+            self._outside[name] = None
+
+    def _release_outside(self) -> None:
+        for name in self._outside:
+            drop_tensor(self.model, name)
+        self._outside.clear()
+
+    # --- forwards ------------------------------------------------------------------------------------------------
+
+    def _advance(self, lane: Lane, solver: _Solver | None = None) -> None:
+        self.store.unpark(lane.watcher)
+        event = lane.advance()
+        if isinstance(event, Finished):
+            lane.stop()
+            self.store.forget(lane.watcher)
+            return
+        if isinstance(event, AtMatrix) and solver is not None:
+            solver.observe(lane, event)
+        self.store.park(lane.watcher)
+
+    def _pass(self, lane: Lane) -> None:
+        """Run a lane through a finished block, without looking at the matrices."""
+        self._advance(lane)
+        while isinstance(lane.event, AtMatrix):
+            self._advance(lane)
+
+    def _advance_probe(self, prober: Lane) -> None:
+        self._outside_dtype = torch.float32
+        prober.advance()
+        self._outside_dtype = self.compute_dtype
+        self._release_outside()
+
+
+class _Solver:
+    """Statistics and solutions of the matrices of one block."""
+
+    def __init__(
+        self,
+        stream: BlockStream,
+        specs: Mapping[str, MatrixSpec],
+        final: dict[str, torch.Tensor],
+        reports: dict[str, PrunedMatrix],
+    ) -> None:
+        self._stream = stream
+        self._specs = specs
+        self._final = final
+        self._reports = reports
+        self._statistics: dict[tuple[str, int], InputStatistics] = {}
+        self._shared: set[tuple[str, int]] = set()
+        self._solved: set[tuple[str, int]] = set()
+        self._source = {name: final[name] for name in reports}
+        for name in reports:  # solved from the source's precision, kept in the result's
+            if final[name].dtype != stream.output_dtype(name):
+                final[name] = torch.empty_like(final[name], dtype=stream.output_dtype(name))
+
+    def observe(self, lane: Lane, event: AtMatrix) -> None:
+        """Take in the input with which a forward has arrived. The same tensor as last time is not counted again."""
+        key = (event.name, event.expert)
+        kind = self._stream.method.statistics
+        if kind == "none" or event.name not in self._reports or key in self._solved:
+            lane.last_input = None
+            return
+        version = event.input._version
+        last = lane.last_input
+        same = last is not None and last[0] is event.input and last[1] == version
+        if key not in self._statistics:
+            if same:
+                assert last is not None
+                self._statistics[key] = last[2]
+                self._shared.add(key)
+            else:
+                self._statistics[key] = InputStatistics(
+                    self._specs[event.name].in_features, kind, device=self._stream.device
+                )
+        statistics = self._statistics[key]
+        if key not in self._shared:
+            try:
+                statistics.update(event.input)
+            except CalibrationError as error:
+                raise CalibrationError(f"{error.message} at the input of {event.name}", hint=error.hint) from None
+        elif not same:
+            raise RuntimeError(f"the forwards do not agree on what {event.name} shares its input with")
+        lane.last_input = (event.input, version, statistics)
+
+    def solve(self, name: str, expert: int) -> None:
+        """Prune one matrix and put it in the running model."""
+        key = (name, expert)
+        if name not in self._reports or key in self._solved:
+            return
+        statistics = self._statistics.pop(key, None)
+        self._solve(name, expert, self._stream.method, statistics)
+        owner, _, leaf = name.rpartition(".")
+        running = self._stream.model.get_submodule(owner)._parameters[leaf]
+        assert running is not None
+        with torch._C.DisableTorchFunctionSubclass():
+            spec = self._specs[name]
+            spec.slices(running.data)[expert].copy_(spec.slices(self._final[name])[expert])
+
+    def solve_rest(self) -> None:
+        """Matrices that no calibration token reached (rare experts), or all of them when the method needs none."""
+        unreached = []
+        for name in self._reports:
+            for expert in range(max(self._specs[name].experts, 1)):
+                if (name, expert) in self._solved:
+                    continue
+                method = self._stream.method
+                if method.statistics != "none":
+                    unreached.append(f"{name}[{expert}]" if self._specs[name].experts else name)
+                    method = make_method("magnitude")
+                    self._reports[name].notes.append(f"expert {expert}: no calibration token came, pruned by magnitude")
+                self._solve(name, expert, method, None)
+        if unreached:
+            shown = ", ".join(unreached[:3]) + (", ..." if len(unreached) > 3 else "")
+            self._stream.reporter.warn(
+                f"{len(unreached)} matrices saw no calibration token and were pruned by magnitude: {shown}"
+            )
+
+    def _solve(self, name: str, expert: int, method: Method, statistics: InputStatistics | None) -> None:
+        spec, target = self._specs[name], self._stream.plan.target(name, expert)
+        part = spec.slices(self._final[name])[expert]
+        weight = spec.slices(self._source[name])[expert].to(self._stream.device, torch.float32, copy=True).contiguous()
+        generator = torch.Generator().manual_seed(_seed_of(self._stream.seed, name, expert))
+        solved = method.solve(weight, statistics, target, generator=generator)
+        if not torch.isfinite(solved.weight).all():
+            raise RunError(f"the method returned NaN or infinity for {name}", hint="use more calibration data")
+        part.copy_(solved.weight)
+        self._solved.add((name, expert))
+        report = self._reports[name]
+        if solved.loss is not None:
+            report.loss = (report.loss or 0.0) + solved.loss
+        for note in solved.notes:
+            report.notes.append(f"expert {expert}: {note}" if spec.experts else note)
+
+
+def _seed_of(seed: int, name: str, expert: int) -> int:
+    """A seed of its own for every matrix, so that the order of work and a resumed run change nothing."""
+    digest = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

@@ -1,0 +1,52 @@
+"""Open a model folder whole, by the stock class its config names, to run it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from secateur.engine.device import parse_dtype, resolve_device
+from secateur.errors import UnsupportedModelError
+
+
+def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> transformers.PreTrainedModel:
+    """The model of a folder in eval mode.
+
+    Args:
+        device: auto takes an accelerator when there is one.
+        dtype: auto is the format of the file.
+
+    Raises:
+        UsageError: for an unknown device or dtype.
+        UnsupportedModelError: when transformers has no class of the name in config.json.
+    """
+    where = resolve_device(device)
+    parse_dtype(dtype, "dtype")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["AutoModelForCausalLM"])[0]
+    stock: Any = getattr(transformers, name, None)
+    if stock is None:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} has no class {name}", hint="a newer transformers may have it"
+        )
+    with _no_progress_bar():
+        model = stock.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+    return model.eval().to(where)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Progress is told through a reporter, not by libraries."""
+    logging = transformers.utils.logging
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()

@@ -1,0 +1,1 @@
+"""Pruning methods; one file each, named after the method."""

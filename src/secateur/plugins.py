@@ -1,0 +1,209 @@
+"""What a method is, and how methods are found: one file per method, named after it.
+
+The folders are listed, never imported as a whole, so `secateur methods` needs no torch; an import error in a method is
+raised where the method is used, it does not make the method vanish.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from secateur.errors import UnknownNameError, UsageError
+from secateur.patterns import UNSTRUCTURED, Pattern, check_sparsity
+
+if TYPE_CHECKING:
+    import torch
+
+    from secateur.statistics import InputStatistics
+
+StatisticsKind = Literal["none", "norms", "gram"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one matrix must look like afterwards.
+
+    ``count``, when given, is the exact number of zeros in the whole matrix and replaces ``sparsity``.
+    """
+
+    sparsity: float
+    pattern: Pattern = UNSTRUCTURED
+    count: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+
+
+@dataclass
+class Solved:
+    """A pruned matrix, (out_features, in_features) like its input, and what must be told about it."""
+
+    weight: torch.Tensor
+    mask: torch.Tensor
+    """True where the weight is kept; same shape as ``weight``."""
+    loss: float | None = None
+    """Estimated squared output error summed over the calibration tokens, when the method knows it."""
+    notes: list[str] = field(default_factory=list)
+    """Anything that must not stay silent: raised damping, dead inputs. The engine prints and records it."""
+
+
+@runtime_checkable
+class Method(Protocol):
+    """The whole contract of a pruning method."""
+
+    statistics: StatisticsKind
+
+    def solve(
+        self, weight: torch.Tensor, stats: InputStatistics | None, target: Target, *, generator: torch.Generator
+    ) -> Solved: ...
+
+
+def available(kind: str) -> dict[str, str]:
+    """Names in the folder ``kind`` (``methods``, ``allocation``) with the first line of each docstring."""
+    found: dict[str, str] = {}
+    for path in sorted((Path(__file__).parent / kind).glob("*.py")):
+        if path.stem.startswith("_"):
+            continue
+        doc = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        found[path.stem.replace("_", "-")] = doc.strip().split("\n")[0]
+    return found
+
+
+def load_class(kind: str, name: str, noun: str) -> type:
+    """The plug-in class of a file: the one class that names itself ``name``.
+
+    Raises:
+        UnknownNameError: when there is no such file; the nearest name is suggested.
+    """
+    known = available(kind)
+    if name not in known:
+        raise UnknownNameError(noun, name, known)
+    module = importlib.import_module(f"secateur.{kind}.{name.replace('-', '_')}")
+    return next(
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and value.__module__ == module.__name__ and getattr(value, "name", None) == name
+    )
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """Build a method from its name and plain options.
+
+    Raises:
+        UnknownNameError: for an unknown method or option.
+        UsageError: for an option with a value it refuses.
+    """
+    cls = load_class("methods", name, "method")
+    method: Method = build(cls, options or {}, f"method {name}")
+    return method
+
+
+def build(cls: type, options: Mapping[str, Any], where: str) -> Any:
+    """Make an options dataclass from plain data, texts turned into the types of its fields."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {}
+    for raw_key, value in options.items():
+        key = raw_key.replace("-", "_")
+        if key not in fields:
+            raise UnknownNameError(f"option of {where}", raw_key, fields or ["(none)"])
+        # A text when the file postpones its annotations, else the class itself.
+        kind = fields[key].type
+        values[key] = _convert(value, kind if isinstance(kind, str) else kind.__name__, f"option {key} of {where}")
+    return cls(**values)
+
+
+def _convert(value: Any, type_name: str, where: str) -> Any:
+    try:
+        if type_name == "bool":
+            if isinstance(value, bool):
+                return value
+            return {"true": True, "false": False}[str(value).lower()]
+        if type_name == "int":
+            if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+                raise ValueError
+            return int(value)
+        if type_name == "float":
+            return float(value)
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{where} is {value!r}", hint=f"it must be of type {type_name}") from None
+    return value
+
+
+def option_help(cls: type) -> dict[str, str]:
+    """Option name -> docstring written under the field; the one source of the help and of the docs."""
+    import inspect
+    import textwrap
+
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    names = {f.name for f in dataclasses.fields(cls)}
+    return {option.name: option.help for option in _options(tree.body[0]) if option.name in names}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a plug-in as its source says it; ``default`` is empty when there is none."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """A plug-in as its source says it: the module docstring and the options."""
+
+    name: str
+    doc: str
+    options: tuple[Option, ...]
+
+
+def describe(kind: str, name: str, noun: str) -> Description:
+    """What a plug-in says about itself, read from its source, so that no torch is imported.
+
+    Raises:
+        UnknownNameError: when there is no such file; the nearest name is suggested.
+    """
+    known = available(kind)
+    if name not in known:
+        raise UnknownNameError(noun, name, known)
+    path = Path(__file__).parent / kind / f"{name.replace('-', '_')}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and _names_itself(node, name)]
+    options = tuple(option for node in classes for option in _options(node))
+    return Description(name, ast.get_docstring(tree) or "", options)
+
+
+def _names_itself(node: ast.ClassDef, name: str) -> bool:
+    return any(
+        isinstance(statement, ast.AnnAssign)
+        and isinstance(statement.target, ast.Name)
+        and statement.target.id == "name"
+        and isinstance(statement.value, ast.Constant)
+        and statement.value.value == name
+        for statement in node.body
+    )
+
+
+def _options(node: ast.stmt) -> list[Option]:
+    """The fields of a dataclass with the docstring written under each."""
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    found = []
+    for statement, following in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        annotation = ast.unparse(statement.annotation)
+        if annotation.startswith("ClassVar"):
+            continue
+        text = ""
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = " ".join(str(following.value.value).split())
+        default = ast.unparse(statement.value) if statement.value is not None else ""
+        found.append(Option(statement.target.id, annotation, default, text))
+    return found

@@ -1,0 +1,201 @@
+"""The recipe of a pruning run: flags of the command line = keys of the YAML file = arguments of the Python call."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import RecipeError, SparsityError
+from secateur.patterns import Pattern, check_sparsity, parse_pattern
+
+DEFAULT_SPARSITY = 0.5
+DEFAULT_SAMPLES = 128
+DEFAULT_SEQUENCE_LENGTH = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """Another sparsity for the matrices whose names match a glob or ``re:`` pattern."""
+
+    match: str
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity, f"sparsity of override '{self.match}'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What to prune and how. A field left at None takes its default when the model is known."""
+
+    method: str = "sparsegpt"
+    """Pruning method; `secateur methods` lists them."""
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the method, as KEY=VALUE; `secateur methods NAME` lists them."""
+    sparsity: float | None = None
+    """Share of the weights that become zero (0.5; for N:M the pattern says it)."""
+    pattern: str = "unstructured"
+    """unstructured, or N:M to keep N of every M consecutive inputs."""
+    allocation: str = "uniform"
+    """How the sparsity is divided among the matrices."""
+    calibration: str = "builtin"
+    """Calibration data: a text file, a dataset NAME[:CONFIG[:SPLIT]], a folder of images, or builtin."""
+    samples: int | None = None
+    """Number of calibration windows (128)."""
+    sequence_length: int | None = None
+    """Tokens in a window (2048, never more than the model's)."""
+    targets: tuple[str, ...] = ()
+    """Prune only the matrices that match these globs or re: patterns."""
+    ignore: tuple[str, ...] = ()
+    """Leave the matrices that match these globs or re: patterns dense."""
+    overrides: tuple[Override, ...] = ()
+    """Sparsity for the matrices that match, instead of the global one."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """cpu, cuda, mps ...; auto takes an accelerator when there is one."""
+    dtype: str = "auto"
+    """Number format of the written weights: auto (as the source), float32, bfloat16, float16."""
+    compute_dtype: str = "auto"
+    """Number format of the calibration forward: auto, float32, bfloat16, float16."""
+    activation_memory: str = "auto"
+    """Activations beyond this spill to disk, e.g. 2GB; auto is half of the free memory."""
+
+    def __post_init__(self) -> None:
+        pattern = parse_pattern(self.pattern)
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity)
+            implied = pattern.sparsity
+            if implied is not None and abs(self.sparsity - implied) > 1e-9 and self.sparsity != 0:
+                raise SparsityError(
+                    f"pattern {pattern} means sparsity {implied:g}, not {self.sparsity:g}",
+                    hint=f"leave --sparsity out with --pattern {pattern}",
+                )
+        for name in ("samples", "sequence_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} is {value}", hint=f"{name} must be at least 1")
+
+    @property
+    def parsed_pattern(self) -> Pattern:
+        return parse_pattern(self.pattern)
+
+    @property
+    def effective_sparsity(self) -> float:
+        """The sparsity asked for, the one the pattern implies, or the default."""
+        if self.sparsity is not None:
+            return self.sparsity
+        implied = self.parsed_pattern.sparsity
+        return DEFAULT_SPARSITY if implied is None else implied
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON or YAML; `Recipe.from_dict` reads it back."""
+        data = dataclasses.asdict(self)
+        for key in ("targets", "ignore", "overrides"):
+            data[key] = list(data[key])
+        data["method_options"] = dict(self.method_options)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+        """Build a recipe from plain data; flags that were not given are simply absent.
+
+        Raises:
+            RecipeError: for an unknown key or a value of the wrong kind.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        values: dict[str, Any] = {}
+        for raw_key, value in data.items():
+            key = str(raw_key).replace("-", "_")
+            if key not in known:
+                close = difflib.get_close_matches(key, sorted(known), n=1)
+                hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(known))}"
+                raise RecipeError(f"{where}: unknown key '{raw_key}'", hint=hint)
+            values[key] = _checked(key, value, where)
+        return cls(**values)
+
+
+_STRINGS = {"method", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}
+_INTEGERS = {"samples", "sequence_length", "seed"}
+
+
+def _checked(key: str, value: Any, where: str) -> Any:
+    """Bring one value to its type, or say which key is wrong."""
+
+    def refuse(expected: str) -> RecipeError:
+        return RecipeError(f"{where}: {key} is {value!r}", hint=f"{key} must be {expected}")
+
+    if value is None:
+        if key in {"samples", "sequence_length", "sparsity"}:
+            return None
+        raise refuse("set; leave the line out for the default")
+    if key in _STRINGS:
+        if key == "pattern" and isinstance(value, int):  # YAML 1.1 reads 2:4 as the base-60 number 124
+            raise RecipeError(f"{where}: pattern is the number {value}", hint='write N:M in quotes: pattern: "2:4"')
+        if not isinstance(value, str):
+            raise refuse("a text")
+    elif key in _INTEGERS:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise refuse("a whole number")
+    elif key == "sparsity":
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise refuse("a number in [0, 1)")
+        return float(value)
+    elif key in {"targets", "ignore"}:
+        if isinstance(value, str):
+            return (value,)
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise refuse("a list of patterns")
+        return tuple(value)
+    elif key == "method_options":
+        if not isinstance(value, Mapping):
+            raise refuse("a mapping of option names to values")
+        return dict(value)
+    elif key == "overrides":
+        if not isinstance(value, list | tuple):
+            raise refuse("a list of {match, sparsity}")
+        return tuple(_override(item, where) for item in value)
+    elif key == "activation_memory":
+        return str(value)
+    return value
+
+
+def _override(item: Any, where: str) -> Override:
+    if isinstance(item, Override):
+        return item
+    if not isinstance(item, Mapping) or set(item) != {"match", "sparsity"}:
+        raise RecipeError(
+            f"{where}: an override is {item!r}", hint='each override is {match: "*down_proj*", sparsity: 0.6}'
+        )
+    sparsity = item["sparsity"]
+    if not isinstance(item["match"], str) or isinstance(sparsity, bool) or not isinstance(sparsity, int | float):
+        raise RecipeError(f"{where}: an override is {item!r}", hint="match is a text, sparsity a number")
+    return Override(match=item["match"], sparsity=float(sparsity))
+
+
+def load_recipe(path: str | Path) -> dict[str, Any]:
+    """Read a recipe file as plain data, so that flags can be laid over it before it is checked.
+
+    Raises:
+        RecipeError: when the file is missing, is not YAML, or is not a mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"no recipe file {path}", hint="check the path given to --recipe") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise RecipeError(
+            f"{path} holds a {type(data).__name__}, not keys and values", hint="for example: sparsity: 0.6"
+        )
+    return data

@@ -1,0 +1,134 @@
+"""Typed results of the commands and of ``secateur.json``. Plain data only; units are in the names (SI)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+RESULT_FILE = "secateur.json"
+
+
+class _Plain:
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+@dataclass
+class Matrix(_Plain):
+    """One prunable matrix, seen as (out_features, in_features); fused experts are (experts, out, in)."""
+
+    name: str
+    shape: list[int]
+    zeros: int
+
+
+@dataclass
+class Unprunable(_Plain):
+    """A tensor that stays as it is, and why."""
+
+    name: str
+    shape: list[int]
+    reason: str
+
+
+@dataclass
+class InspectResult(_Plain):
+    """What `secateur inspect` prints."""
+
+    model: str
+    architecture: str
+    dtype: str
+    parameters: int
+    nonzero: int
+    prunable: int
+    zeros: int
+    sparsity: float
+    """Share of the prunable weights that are zero."""
+    bytes_disk: int
+    blocks: int
+    matrices: list[Matrix] = field(default_factory=list)
+    unprunable: list[Unprunable] = field(default_factory=list)
+
+
+@dataclass
+class EvaluateResult(_Plain):
+    """What `secateur evaluate` prints. A value that was not measured is None."""
+
+    model: str
+    perplexity: float | None = None
+    perplexity_stderr: float | None = None
+    nll_per_token: float | None = None
+    nll_stderr: float | None = None
+    tokens: int | None = None
+    tokens_per_second: float | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
+    accuracy_stderr: dict[str, float] = field(default_factory=dict)
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Measured(_Plain):
+    """One side (before or after) of a pruning result. A value that was not measured is None."""
+
+    parameters: int
+    nonzero: int
+    sparsity: float
+    bytes_disk: int
+    dtype: str
+    perplexity: float | None = None
+    nll_per_token: float | None = None
+    bytes_resident: int | None = None
+    decode_tokens_per_second: float | None = None
+    accuracy: dict[str, float] = field(default_factory=dict)
+    continuation: str | None = None
+
+
+@dataclass
+class PrunedMatrix(_Plain):
+    """What happened to one matrix."""
+
+    name: str
+    shape: list[int]
+    zeros: int
+    sparsity: float
+    loss: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class PruneResult(_Plain):
+    """What `secateur prune` prints, and the bulk of ``secateur.json``."""
+
+    out: str
+    source: dict[str, Any]
+    recipe: dict[str, Any]
+    sparsity: float
+    seconds: float
+    peak_rss_bytes: int
+    before: Measured
+    after: Measured
+    verified: bool
+    verdict: list[str] = field(default_factory=list)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
+    matrices: list[PrunedMatrix] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+    """Output shard name -> sha256 of its bytes."""
+    schema_version: int = SCHEMA_VERSION
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Write plain data whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

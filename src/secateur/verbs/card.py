@@ -1,0 +1,64 @@
+"""The model card (README.md) of a result: what was done and what was measured, for whoever finds the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from secateur.result import RESULT_FILE, Measured, PruneResult
+
+
+def write_card(folder: Path, result: PruneResult) -> None:
+    """Write README.md with the metadata block that the Hugging Face hub reads."""
+    recipe = result.recipe
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [pruned, sparse, secateur]",
+        "---",
+        "",
+        f"# {Path(result.out).name}",
+        "",
+        f"`{result.source['name']}`, pruned by [secateur](https://pypi.org/project/secateur/): method "
+        f"{recipe['method']}, pattern {recipe['pattern']}, {result.sparsity:.2%} of the prunable weights are zero.",
+        "",
+        "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it, secateur is not needed.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| {title} | {before} | {after} |" for title, before, after in _rows(result.before, result.after)),
+        "",
+        *(f"- {sentence}" for sentence in result.verdict),
+        "",
+        "## How it was made",
+        "",
+        *(f"- {key.replace('_', ' ')}: {value}" for key, value in result.protocol.items()),
+        f"- verified after writing: {'yes' if result.verified else 'no'}",
+        "",
+        f"The whole recipe, versions, hashes and the result for every matrix are in `{RESULT_FILE}`.",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _rows(before: Measured, after: Measured) -> list[tuple[str, str, str]]:
+    def row(title: str, name: str, form: str) -> tuple[str, str, str] | None:
+        values = [getattr(side, name) for side in (before, after)]
+        if all(value is None for value in values):
+            return None
+        first, second = ("-" if value is None else form.format(value) for value in values)
+        return title, first, second
+
+    rows = [
+        row("perplexity", "perplexity", "{:.2f}"),
+        row("sparsity of the prunable weights", "sparsity", "{:.2%}"),
+        row("weights that are not zero", "nonzero", "{:,}"),
+        row("bytes on disk", "bytes_disk", "{:,}"),
+        row("bytes in memory", "bytes_resident", "{:,}"),
+        row("decoded tokens per second", "decode_tokens_per_second", "{:.1f}"),
+    ]
+    rows += [
+        (f"accuracy, {name}", f"{value:.2%}", f"{after.accuracy[name]:.2%}")
+        for name, value in before.accuracy.items()
+        if name in after.accuracy
+    ]
+    return [entry for entry in rows if entry is not None]

@@ -1,0 +1,134 @@
+"""Before and after, measured by the same code in the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import transformers
+
+from secateur.checkpoint.source import Source
+from secateur.engine.inputs import is_vision
+from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.measure.compare import Ratio, measure_pair
+from secateur.measure.size import measure_size
+from secateur.progress import Reporter
+from secateur.recipe import Recipe
+from secateur.result import Measured
+from secateur.verbs.calibration import load_tokenizer, window_length
+from secateur.verbs.evaluate import evaluate as evaluate_model
+from secateur.verbs.verdict import sentences
+
+WINDOWS = 16
+"""Windows of the measuring text, when the text has as many."""
+DEFAULT_PROMPT = "A list is a mutable sequence. To add an item to the end of a list,"
+
+
+@dataclass
+class Sides:
+    """Both sides, how they were measured, and what follows from them."""
+
+    before: Measured
+    after: Measured
+    verdict: list[str] = field(default_factory=list)
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+
+def measure_sides(
+    source: Source,
+    pruned: Path,
+    *,
+    skeleton: transformers.PreTrainedModel,
+    prunable: dict[str, int],
+    evaluate: bool,
+    data: str,
+    files: Sequence[str | Path],
+    prompt: str | None,
+    recipe: Recipe,
+    demo: bool,
+    reporter: Reporter,
+) -> Sides:
+    """Sizes always; quality, memory and speed when ``evaluate`` is set and the model can be measured that way.
+
+    ``prunable`` is checkpoint key -> number of weights for every tensor that may be pruned.
+    """
+    folders = (source.folder, pruned)
+    before, after = (_size(folder, prunable) for folder in folders)
+    protocol: dict[str, Any] = {
+        "size": f"both sides stored as {after.dtype} safetensors"
+        + (f"; the source itself came as {source.original_format}, {source.original_bytes:,} bytes" if source.kind in ("gguf", "demo") else "")
+    }
+    ratio: Ratio | None = None
+    if evaluate and 2.5 * before.bytes_disk > psutil.virtual_memory().available:
+        reporter.warn("the model does not fit in memory: quality, memory and speed were not measured")
+        evaluate = False
+    if evaluate:
+        _quality(folders, (before, after), protocol, skeleton, data, files, recipe, demo, reporter)
+        ratio = _speed(folders, (before, after), protocol, skeleton, prompt, reporter)
+    return Sides(before, after, sentences(before, after, ratio), protocol)
+
+
+def _size(folder: Path, prunable: dict[str, int]) -> Measured:
+    size = measure_size(folder, keys=prunable)
+    total = sum(prunable.values())
+    return Measured(
+        parameters=size.parameters,
+        nonzero=size.nonzero,
+        sparsity=size.zeros_of_keys / total if total else 0.0,
+        bytes_disk=size.bytes_disk,
+        dtype=size.dtype,
+    )
+
+
+def _quality(
+    folders: tuple[Path, Path],
+    sides: tuple[Measured, Measured],
+    protocol: dict[str, Any],
+    skeleton: transformers.PreTrainedModel,
+    data: str,
+    files: Sequence[str | Path],
+    recipe: Recipe,
+    demo: bool,
+    reporter: Reporter,
+) -> None:
+    length = None if is_vision(skeleton) else window_length(recipe.sequence_length, skeleton, 1024 if demo else 2048)
+    for folder, side in zip(folders, sides, strict=True):
+        try:
+            found = evaluate_model(
+                folder, data=data, files=files, sequence_length=length, max_samples=WINDOWS, reporter=reporter
+            )
+        except UnsupportedModelError as error:
+            reporter.note(f"quality was not measured: {error.message}")
+            return
+        side.perplexity, side.nll_per_token, side.accuracy = found.perplexity, found.nll_per_token, found.accuracy
+        protocol["quality"] = found.protocol
+
+
+def _speed(
+    folders: tuple[Path, Path],
+    sides: tuple[Measured, Measured],
+    protocol: dict[str, Any],
+    skeleton: transformers.PreTrainedModel,
+    prompt: str | None,
+    reporter: Reporter,
+) -> Ratio | None:
+    decodes = skeleton.can_generate() and not skeleton.config.is_encoder_decoder
+    tokens: list[int] = []
+    text = prompt or DEFAULT_PROMPT
+    if decodes:
+        try:
+            tokens = load_tokenizer(folders[0])(text, add_special_tokens=False)["input_ids"]
+        except SecateurError:
+            tokens, text = list(range(1, 17)), ""
+    pair = measure_pair(
+        *folders, prompt_tokens=tokens, prompt=text if tokens and text else None, reporter=reporter
+    )
+    for side, measured in zip(sides, (pair.before, pair.after), strict=True):
+        side.bytes_resident = measured.bytes_resident
+        side.decode_tokens_per_second = measured.decode_tokens_per_second
+        side.continuation = measured.continuation
+    protocol["speed"] = {**pair.protocol, "prompt": text}
+    return pair.decode_ratio

@@ -1,0 +1,70 @@
+"""What the numbers mean, in plain sentences: which got better, which did not, and why."""
+
+from __future__ import annotations
+
+import math
+
+from secateur.measure.compare import Ratio
+from secateur.result import Measured
+
+
+def sentences(before: Measured, after: Measured, decode: Ratio | None) -> list[str]:
+    """One sentence each on quality, size, memory and speed, as far as they were measured."""
+    said = [_sparsity(after), *_quality(before, after), _size(before, after)]
+    if before.bytes_resident and after.bytes_resident:
+        said.append(_memory(before.bytes_resident, after.bytes_resident))
+    if decode is not None:
+        said.append(_speed(decode))
+    return said
+
+
+def _sparsity(after: Measured) -> str:
+    share = 1 - after.nonzero / after.parameters
+    return f"{after.sparsity:.1%} of the prunable weights are zero, {share:.1%} of all parameters."
+
+
+def _quality(before: Measured, after: Measured) -> list[str]:
+    said = []
+    if before.perplexity and after.perplexity and before.nll_per_token is not None and after.nll_per_token is not None:
+        change = after.nll_per_token - before.nll_per_token
+        ratio = math.exp(change)
+        word = "worse" if change > 0 else "better"
+        if abs(change) < 0.005:
+            said.append(f"Quality is unchanged: perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after.")
+        else:
+            said.append(
+                f"Quality is {word}: perplexity went from {before.perplexity:.2f} to {after.perplexity:.2f} "
+                f"({ratio:.2f} times, {change:+.2f} nats per token)."
+            )
+    for name, value in before.accuracy.items():
+        if name in after.accuracy:
+            points = 100 * (after.accuracy[name] - value)
+            said.append(f"Accuracy on {name} went from {value:.1%} to {after.accuracy[name]:.1%} ({points:+.1f} points).")
+    return said
+
+
+def _size(before: Measured, after: Measured) -> str:
+    ratio = after.bytes_disk / before.bytes_disk
+    if abs(ratio - 1) < 0.001:
+        return (
+            f"The file is not smaller: {after.bytes_disk:,} bytes as {after.dtype}, like before. Zeros alone do not shrink "
+            "a dense file; that takes a format which leaves them out."
+        )
+    if before.dtype != after.dtype:
+        return f"The file has {ratio:.2f} times the bytes, because it is stored as {after.dtype} instead of {before.dtype}."
+    return f"The file has {ratio:.2f} times the bytes."
+
+
+def _memory(before: int, after: int) -> str:
+    ratio = after / before
+    if 0.95 < ratio < 1.05:
+        return "It takes the same memory when loaded: a zero is stored like any other number."
+    return f"It takes {ratio:.2f} times the memory when loaded."
+
+
+def _speed(decode: Ratio) -> str:
+    interval = f"ratio {decode.median:.2f}, between {decode.low:.2f} and {decode.high:.2f}"
+    if not decode.differs:
+        return f"It is not faster beyond noise ({interval}): dense kernels multiply zeros like any other number."
+    word = "faster" if decode.median > 1 else "slower"
+    return f"Decoding is {word} ({interval})."

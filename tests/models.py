@@ -1,0 +1,172 @@
+"""Tiny random models of each family, made from their config classes, and a tiny tokenizer to go with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 128
+_TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA_LIKE = {
+    **_TEXT,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+}
+
+# family -> (config class, model class, config values)
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
+    "mistral": ("MistralConfig", "MistralForCausalLM", {**_LLAMA_LIKE, "sliding_window": 16}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _LLAMA_LIKE),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _LLAMA_LIKE),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {**_LLAMA_LIKE, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", _LLAMA_LIKE),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {**_TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
+    "opt": (
+        "OPTConfig",
+        "OPTForCausalLM",
+        {
+            **_TEXT,
+            "hidden_size": 32,
+            "word_embed_proj_dim": 32,
+            "ffn_dim": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        "GPTNeoXForCausalLM",
+        {
+            **_TEXT,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {**_TEXT, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {**_TEXT, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 256},
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**_LLAMA_LIKE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "bert": (
+        "BertConfig",
+        "BertForMaskedLM",
+        {
+            **_TEXT,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 256,
+        },
+    ),
+    "roberta": (
+        "RobertaConfig",
+        "RobertaForMaskedLM",
+        {
+            **_TEXT,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 258,
+        },
+    ),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertForMaskedLM",
+        {**_TEXT, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 256},
+    ),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {
+            **_TEXT,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "vit": (
+        "ViTConfig",
+        "ViTForImageClassification",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 8,
+            "num_labels": 3,
+        },
+    ),
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
+    """A random model of a family, in eval mode. Weights have a spread that keeps the outputs away from ties."""
+    config_name, model_name, values = FAMILIES[family]
+    config = getattr(transformers, config_name)(**{**values, **changes})
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_name)._from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.15)
+    return model.eval()
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a byte value below 125, three special tokens: any ASCII text has as many tokens as characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
+    for code in range(3, VOCABULARY):
+        vocabulary[chr(code)] = code
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<pad>", fuse_unk=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+
+
+def save_tiny(folder: Path, family: str, *, max_shard_size: str = "5GB", dtype: torch.dtype | None = None, **changes: Any) -> Path:
+    """Write a tiny model (and tokenizer, where it reads text) as an ordinary folder."""
+    model = tiny_model(family, **changes)
+    if dtype is not None:
+        model = model.to(dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if family != "vit":
+        tiny_tokenizer().save_pretrained(folder)
+    return folder
