@@ -170,3 +170,11 @@ def save_tiny(folder: Path, family: str, *, max_shard_size: str = "5GB", dtype: 
     if family != "vit":
         tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def calibration_for(family: str, *, rows: int = 24, length: int = 32, seed: int = 7) -> Any:
+    """Token ids (rows, length), or batches of random images for a vision model."""
+    generator = torch.Generator().manual_seed(seed)
+    if family == "vit":
+        return [{"pixel_values": torch.randn(4, 3, 32, 32, generator=generator)} for _ in range(6)]
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)

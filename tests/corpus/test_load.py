@@ -65,7 +65,7 @@ def test_bad_text_files(tmp_path, content, said):
 def test_bad_jsonl_lines_are_named(tmp_path, line, said):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "fine"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(CalibrationError, match="rows.jsonl") as caught:
+    with pytest.raises(CalibrationError, match=r"rows\.jsonl") as caught:
         load_text(path)
     assert said in caught.value.message
 

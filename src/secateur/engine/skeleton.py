@@ -84,3 +84,12 @@ def drop_tensor(model: nn.Module, name: str) -> None:
         old = module._buffers[leaf]
     assert old is not None
     set_tensor(model, name, torch.empty_like(old, device="meta"))
+
+
+def declare_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the absent parameters a number format: some models cast their inputs to that of a weight not yet loaded."""
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter.device.type == "meta" and parameter.dtype != dtype:
+                empty = torch.empty_like(parameter, dtype=dtype, device="meta")
+                module._parameters[leaf] = nn.Parameter(empty, requires_grad=False)

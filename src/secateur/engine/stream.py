@@ -16,7 +16,7 @@ from secateur.engine.blocks import Block, MatrixSpec, Structure, expert_order
 from secateur.engine.capture import AtBlock, AtMatrix, Capture, ExpertTensor, Finished, Lane
 from secateur.engine.inputs import output_tensor
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import drop_tensor, set_tensor
+from secateur.engine.skeleton import declare_dtype, drop_tensor, set_tensor
 from secateur.errors import CalibrationError, RunError
 from secateur.plugins import Method, make_method
 from secateur.progress import Reporter
@@ -97,6 +97,7 @@ class BlockStream:
         self.reporter.stage("pruning", count)
         try:
             with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
+                declare_dtype(self.model, self.compute_dtype)
                 for lane in lanes:
                     self._advance(lane)
                 self._release_outside()
@@ -256,9 +257,11 @@ class BlockStream:
 
     def _advance_probe(self, prober: Lane) -> None:
         self._outside_dtype = torch.float32
+        declare_dtype(self.model, torch.float32)
         prober.advance()
-        self._outside_dtype = self.compute_dtype
         self._release_outside()
+        self._outside_dtype = self.compute_dtype
+        declare_dtype(self.model, self.compute_dtype)
 
 
 class _Solver:

@@ -1,0 +1,118 @@
+"""The engine against a plain version: the stock model in memory, one whole forward for every single matrix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import secateur
+from secateur.engine.inputs import inputs_of_window
+from tests.models import calibration_for, save_tiny, tiny_model
+
+
+def _matrices_in_order(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the Linear and Conv1D modules inside blocks, in the order in which a forward reaches them."""
+    order: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda m, a, name=name: order.append(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
+    ]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    return order
+
+
+def _naive_wanda(model: Any, ids: torch.Tensor, sparsity: float) -> None:
+    inputs = inputs_of_window(model, ids)
+    for name in _matrices_in_order(model, inputs):
+        module = model.get_submodule(name)
+        seen: list[torch.Tensor] = []
+        handle = module.register_forward_pre_hook(lambda m, a, seen=seen: seen.append(a[0]))
+        with torch.no_grad():
+            model(**inputs)
+        handle.remove()
+        x = seen[0].double().reshape(-1, seen[0].shape[-1])
+        weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+        score = weight.abs().double() * x.pow(2).mean(0).sqrt()
+        for row in range(weight.shape[0]):
+            for column in sorted(range(weight.shape[1]), key=lambda c: float(score[row, c]))[: round(sparsity * weight.shape[1])]:
+                weight[row, column] = 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "phi3", "opt", "gpt_neox", "falcon", "bert", "t5"])
+def test_wanda_equals_one_forward_for_each_matrix(family: str, tmp_path: Path) -> None:
+    folder, ids = save_tiny(tmp_path / "model", family), calibration_for(family)
+    expected = tiny_model(family)
+    _naive_wanda(expected, ids, 0.4)
+    secateur.prune(
+        folder, tmp_path / "out", method="wanda", sparsity=0.4, calibration=ids, compute_dtype="float32",
+        verify=False, evaluate=False,
+    )  # fmt: skip
+    got = type(expected).from_pretrained(tmp_path / "out").state_dict()
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, got[key]), key
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "t5"])
+def test_activations_on_disk_change_nothing(family: str, method: str, tmp_path: Path) -> None:
+    folder, ids = save_tiny(tmp_path / "model", family), calibration_for(family, rows=96, length=48)
+    files = []
+    for memory in ("10GB", "150KB"):
+        out = tmp_path / memory
+        secateur.prune(
+            folder, out, method=method, calibration=ids, activation_memory=memory, verify=False, evaluate=False
+        )
+        files.append((out / "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+
+
+def test_shards_and_in_memory_models_change_nothing(tmp_path: Path) -> None:
+    ids = calibration_for("llama")
+    whole, shards = save_tiny(tmp_path / "whole", "llama"), save_tiny(tmp_path / "shards", "llama", max_shard_size="20KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    states = []
+    for index, model in enumerate([whole, shards, tiny_model("llama")]):
+        out = tmp_path / f"out{index}"
+        secateur.prune(model, out, calibration=ids, verify=False, evaluate=False)
+        states.append(type(tiny_model("llama")).from_pretrained(out).state_dict())
+    inside = tiny_model("llama")
+    assert secateur.prune(inside, calibration=ids, verify=False, evaluate=False).sparsity == 0.5
+    states.append(inside.state_dict())
+    assert [path.name for path in sorted((tmp_path / "out1").glob("*.safetensors"))] == [
+        path.name for path in sorted(shards.glob("*.safetensors"))
+    ]
+    for state in states[1:]:
+        for key, tensor in states[0].items():
+            assert torch.equal(tensor, state[key]), key
+
+
+def test_bfloat16_forward_prunes_exactly_as_many(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", dtype=torch.bfloat16)
+    for compute in ("float32", "bfloat16"):
+        out = tmp_path / compute
+        result = secateur.prune(
+            folder, out, calibration=calibration_for("llama"), compute_dtype=compute, verify=False, evaluate=False
+        )
+        assert all(matrix.sparsity == 0.5 for matrix in result.matrices)
+
+
+def test_dtype_converts_what_is_written_and_nothing_more(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    secateur.prune(
+        folder, tmp_path / "out", method="magnitude", dtype="bfloat16", evaluate=False, verify=True
+    )
+    model = type(tiny_model("llama")).from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    original = tiny_model("llama").state_dict()
+    for key, tensor in model.state_dict().items():
+        kept = tensor != 0
+        assert torch.equal(tensor[kept], original[key].bfloat16()[kept]), key
