@@ -47,7 +47,9 @@ def data_folder() -> Path:
     """The folder with the evaluation data, which is not part of the project."""
     folder = os.environ.get("SECATEUR_DATA")
     if not folder:
-        raise SystemExit("set SECATEUR_DATA to the folder with wikitext2-valid.txt, wikitext2-raw-test.txt and the .jsonl files")
+        raise SystemExit(
+            "set SECATEUR_DATA to the folder with wikitext2-valid.txt, wikitext2-raw-test.txt and the .jsonl files"
+        )
     return Path(folder)
 
 
@@ -59,7 +61,9 @@ def machine() -> dict[str, Any]:
     name = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        name = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name)
+        name = next(
+            (line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line), name
+        )
     flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return {
         "processor": name,
@@ -74,7 +78,9 @@ def machine() -> dict[str, Any]:
 
 def store(name: str, protocol: str, rows: list[dict[str, Any]], **more: Any) -> None:
     """Print a table for people, the whole as one JSON line for programs, and keep it in ``results/``."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     data = {
         "name": name,
         "protocol": protocol,

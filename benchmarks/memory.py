@@ -19,7 +19,13 @@ import _common
 import torch
 import transformers
 
-DEPTH = {"vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_key_value_heads": 12}
+DEPTH = {
+    "vocab_size": 8192,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+}
 TINYLLAMA = {
     "vocab_size": 32000,
     "hidden_size": 2048,
@@ -37,7 +43,9 @@ def make_model(folder: Path, text: Path, **shape: Any) -> Path:
 
     from secateur.checkpoint.writer import CheckpointWriter, layout_for
 
-    config = transformers.LlamaConfig(max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16", **shape)
+    config = transformers.LlamaConfig(
+        max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16", **shape
+    )
     config.architectures = ["LlamaForCausalLM"]
     with init_empty_weights():
         skeleton = transformers.LlamaForCausalLM(config)
@@ -65,7 +73,12 @@ def prune(folder: Path, samples: int, length: int) -> dict[str, Any]:
     measured = _common.secateur(*arguments)
     sparsity = json.loads(measured.stdout)["sparsity"]
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"file MB": size / 1e6, "peak MB": measured.peak_rss_bytes / 1e6, "seconds": measured.seconds, "sparsity": sparsity}
+    return {
+        "file MB": size / 1e6,
+        "peak MB": measured.peak_rss_bytes / 1e6,
+        "seconds": measured.seconds,
+        "sparsity": sparsity,
+    }
 
 
 def main() -> None:

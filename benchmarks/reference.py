@@ -98,7 +98,10 @@ def main() -> None:
                 measured = _common.secateur(*arguments)
                 t_after = forward_seconds(folder, text)
                 timed[name].append((measured.seconds, (t_before + t_after) / 2, measured.peak_rss_bytes))
-                print(f"{time.strftime('%H:%M:%S')} {name}: {measured.seconds:.1f} s, T {t_before:.1f} {t_after:.1f}", file=sys.stderr)
+                print(
+                    f"{time.strftime('%H:%M:%S')} {name}: {measured.seconds:.1f} s, T {t_before:.1f} {t_after:.1f}",
+                    file=sys.stderr,
+                )
                 t_before = t_after
         for name in names:
             seconds, t, peaks = zip(*timed[name], strict=True)

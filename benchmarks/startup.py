@@ -26,7 +26,10 @@ def main() -> None:
     for _ in range(10):
         for name, arguments in COMMANDS.items():
             seconds[name].append(_common.run([sys.executable, *arguments]).seconds)
-    rows = [{"command": name, "seconds": statistics.median(values), "slowest": max(values)} for name, values in seconds.items()]
+    rows = [
+        {"command": name, "seconds": statistics.median(values), "slowest": max(values)}
+        for name, values in seconds.items()
+    ]
     _common.store("startup", " ".join(__doc__.split("\n\n")[1].split()), rows)
 
 

@@ -161,7 +161,9 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def save_tiny(folder: Path, family: str, *, max_shard_size: str = "5GB", dtype: torch.dtype | None = None, **changes: Any) -> Path:
+def save_tiny(
+    folder: Path, family: str, *, max_shard_size: str = "5GB", dtype: torch.dtype | None = None, **changes: Any
+) -> Path:
     """Write a tiny model (and tokenizer, where it reads text) as an ordinary folder."""
     model = tiny_model(family, **changes)
     if dtype is not None:

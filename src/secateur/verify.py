@@ -79,7 +79,8 @@ def check_shards(folder: Path, shards: Mapping[str, str]) -> None:
             raise VerificationError(f"{path} is missing")
         if hash_file(path) != digest:
             raise VerificationError(
-                f"{path} is not what was written: its sha256 differs", hint="the file was changed or damaged; make it again"
+                f"{path} is not what was written: its sha256 differs",
+                hint="the file was changed or damaged; make it again",
             )
 
 

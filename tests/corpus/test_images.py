@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from secateur.errors import CalibrationError, MissingExtraError
 def processor(images, return_tensors):
     assert return_tensors == "pt"
     assert images.mode == "RGB"
-    return {"pixel_values": torch.tensor(list(images.getdata()), dtype=torch.float32).T.reshape(1, 3, *images.size)}
+    return {"pixel_values": torch.tensor(np.array(images), dtype=torch.float32).permute(2, 0, 1)[None]}
 
 
 @pytest.fixture

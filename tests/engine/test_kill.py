@@ -43,17 +43,20 @@ def _prune(folder: Path, out: Path, **options: Any) -> None:
 def _count_calls(before: Callable[[int], None], after: Callable[[int], None]) -> None:
     """Call back around every step of the run that touches the disk or the statistics."""
     calls = [0]
-    for owner, name in WATCHED:
 
-        def wrapped(*args: Any, _original: Any = getattr(owner, name), **kwargs: Any) -> Any:
+    def counted(original: Any) -> Any:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
             calls[0] += 1
             number = calls[0]
             before(number)
-            result = _original(*args, **kwargs)
+            result = original(*args, **kwargs)
             after(number)
             return result
 
-        setattr(owner, name, wrapped)
+        return wrapped
+
+    for owner, name in WATCHED:
+        setattr(owner, name, counted(getattr(owner, name)))
 
 
 def _die_at(step: int, late: bool, folder: Path, out: Path, resume: bool) -> None:
@@ -88,7 +91,11 @@ def _run(target: Callable[..., None], *args: Any) -> int | None:
 
 
 def _bytes(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.name not in ("secateur.json", "README.md")}
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(out.iterdir())
+        if path.name not in ("secateur.json", "README.md")
+    }
 
 
 @pytest.fixture(scope="module")

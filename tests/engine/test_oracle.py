@@ -43,7 +43,9 @@ def _naive_wanda(model: Any, ids: torch.Tensor, sparsity: float) -> None:
         weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
         score = weight.abs().double() * x.pow(2).mean(0).sqrt()
         for row in range(weight.shape[0]):
-            for column in sorted(range(weight.shape[1]), key=lambda c: float(score[row, c]))[: round(sparsity * weight.shape[1])]:
+            for column in sorted(range(weight.shape[1]), key=lambda c: float(score[row, c]))[
+                : round(sparsity * weight.shape[1])
+            ]:
                 weight[row, column] = 0
 
 
@@ -77,7 +79,10 @@ def test_activations_on_disk_change_nothing(family: str, method: str, tmp_path: 
 
 def test_shards_and_in_memory_models_change_nothing(tmp_path: Path) -> None:
     ids = calibration_for("llama")
-    whole, shards = save_tiny(tmp_path / "whole", "llama"), save_tiny(tmp_path / "shards", "llama", max_shard_size="20KB")
+    whole, shards = (
+        save_tiny(tmp_path / "whole", "llama"),
+        save_tiny(tmp_path / "shards", "llama", max_shard_size="20KB"),
+    )
     assert len(list(shards.glob("*.safetensors"))) > 2
     states = []
     for index, model in enumerate([whole, shards, tiny_model("llama")]):
@@ -107,9 +112,7 @@ def test_bfloat16_forward_prunes_exactly_as_many(tmp_path: Path) -> None:
 
 def test_dtype_converts_what_is_written_and_nothing_more(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama")
-    secateur.prune(
-        folder, tmp_path / "out", method="magnitude", dtype="bfloat16", evaluate=False, verify=True
-    )
+    secateur.prune(folder, tmp_path / "out", method="magnitude", dtype="bfloat16", evaluate=False, verify=True)
     model = type(tiny_model("llama")).from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16
     original = tiny_model("llama").state_dict()

@@ -25,12 +25,12 @@ def write(path: Path, rows) -> Path:
     return path
 
 
-def log_probability(model, context: str, text: str) -> float:
-    """Of the text after BOS and the context, alone in its batch, by the definition (one token is one character)."""
-    tokens = [1] + [ord(character) for character in context + text]
+def log_probability(model, context: str, text: str, start: tuple[int, ...] = (1,)) -> float:
+    """Of the text after the context, alone in its batch, by the definition (one token is one character)."""
+    tokens = [*start, *(ord(character) for character in context + text)]
     with torch.no_grad():
         rows = model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
-    first = 1 + len(context)
+    first = len(start) + len(context)
     return sum(float(rows[position - 1, tokens[position]]) for position in range(first, len(tokens)))
 
 
@@ -63,7 +63,7 @@ def test_choices_equal_one_by_one(tmp_path, rows):
     right = plain = 0.0
     for goal, *texts, label in rows:
         texts = [" " + text.strip() for text in texts]
-        sums = [log_probability(MODEL, f"Question: {goal.strip()}\nAnswer:", text) for text in texts]
+        sums = [log_probability(MODEL, f"Question: {goal.strip()}\nAnswer:", text, ()) for text in texts]
         scores = [total / len(text) for total, text in zip(sums, texts, strict=True)]
         same = texts.count(texts[label])
         right += (max(range(3), key=scores.__getitem__) == texts.index(texts[label])) / same
@@ -100,6 +100,23 @@ def test_a_tokenizer_without_special_tokens_leaves_the_first_token_out(tmp_path)
     with torch.no_grad():
         rows = MODEL(torch.tensor([[ord("a")], [ord("x")]])).logits[:, 0].log_softmax(-1)[:, ord("b")]
     assert found.value == float(rows[0] > rows[1])
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_choices_begin_with_bos_only_where_the_tokenizer_puts_it(tmp_path, adds):
+    from tokenizers.processors import TemplateProcessing
+
+    from secateur.measure import choices
+
+    tokenizer = tiny_tokenizer()
+    if adds:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 1)])
+    rows = [{"goal": "g", "sol1": "ab", "sol2": "c", "label": 0}]
+    questions = read_questions(write(tmp_path / "c.jsonl", rows))
+    first = choices._sequences(tokenizer, questions, None)[0]
+    assert first.tokens[:2] == ([1, ord("Q")] if adds else [ord("Q"), ord("u")])
+    assert first.tokens[first.start :] == [ord(character) for character in " ab"]
+    assert ("<bos>" in score_questions(MODEL, tokenizer, questions).protocol) is adds
 
 
 def test_a_tokenizer_that_joins_context_and_text(tmp_path):

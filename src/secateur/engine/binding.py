@@ -118,6 +118,10 @@ class Binding:
                 hint="the folder is incomplete, or its config names another architecture",
             ) from None
 
+    def keys_of(self, names: Iterable[str]) -> list[str]:
+        """Checkpoint keys that make these tensors of the model; names that the checkpoint lacks are left out."""
+        return sorted({key for name in names if name in self._by_name for key in self._by_name[name].keys})
+
     def load(self, names: Sequence[str], reader: TensorReader) -> dict[str, torch.Tensor]:
         """Tensors of the model by name, in the dtype of the checkpoint.
 

@@ -75,7 +75,7 @@ class Lane(greenlet):
 
     def stop(self) -> None:
         """Unwind the forward where it stands and free what it holds."""
-        if not self.dead and self:
+        if self.gr_frame is not None:  # paused: neither unstarted nor over
             self.throw(GreenletExit)
         self.last_input = None
 
@@ -94,7 +94,7 @@ class Lane(greenlet):
 def _pause(event: Event) -> None:
     """Hand an event to the loop and wait. The stack of torch function modes belongs to the coroutine: it is taken along."""
     modes = []
-    while torch.overrides._len_torch_function_stack():
+    while torch._C._len_torch_function_stack():
         modes.append(torch.overrides._pop_mode())
     parent = getcurrent().parent
     assert parent is not None

@@ -14,7 +14,7 @@ TOKENS_AT_ONCE = 1024
 
 def is_vision(model: transformers.PreTrainedModel) -> bool:
     """Whether the model looks at pixels rather than tokens."""
-    return model.main_input_name == "pixel_values"
+    return bool(model.main_input_name == "pixel_values")
 
 
 def batches_of_windows(model: transformers.PreTrainedModel, windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
@@ -47,5 +47,4 @@ def output_tensor(output: Any) -> torch.Tensor:
         value = getattr(output, name, None)
         if isinstance(value, torch.Tensor):
             return value
-    first = output[0] if isinstance(output, tuple) else next(iter(output.values()))
-    return first  # type: ignore[no-any-return]
+    return output[0] if isinstance(output, tuple) else next(iter(output.values()))  # type: ignore[no-any-return]

@@ -17,7 +17,8 @@ from secateur.targets import matches, select
 @dataclass
 class Plan:
     """Which matrices are pruned and how far. ``counts`` holds exact numbers of zeros for (name, expert) where a method
-    fixed them over the whole model."""
+    fixed them over the whole model.
+    """
 
     targets: dict[str, Target] = field(default_factory=dict)
     counts: dict[tuple[str, int], int] = field(default_factory=dict)

@@ -79,7 +79,7 @@ def drop_tensor(model: nn.Module, name: str) -> None:
     """Put the meta tensor back, so that the memory is free."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    old = module._parameters.get(leaf)
+    old: torch.Tensor | None = module._parameters.get(leaf)
     if old is None:
         old = module._buffers[leaf]
     assert old is not None

@@ -68,7 +68,7 @@ class BlockStream:
     method: Method
     plan: Plan
     store: ActivationStore
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     compute_dtype: torch.dtype = torch.float32
     seed: int = 0
     reporter: Reporter = field(default_factory=Reporter)
@@ -103,7 +103,9 @@ class BlockStream:
                 self._release_outside()
                 if prober is not None:
                     self._advance_probe(prober)
-                while waiting := {lane.event.index for lane in [*lanes, prober] if lane and isinstance(lane.event, AtBlock)}:
+                while waiting := {
+                    lane.event.index for lane in [*lanes, prober] if lane and isinstance(lane.event, AtBlock)
+                }:
                     index = min(waiting)
                     here = [lane for lane in lanes if lane.event == AtBlock(index)]
                     result[index] = self._block(self.structure.blocks[index], here, prober)
@@ -114,9 +116,9 @@ class BlockStream:
                     answer = output_tensor(prober.event.output).float().cpu()
                     prober.event = None
         finally:
-            for lane in [*lanes, prober]:
-                if lane is not None:
-                    lane.stop()
+            for started in [*lanes, prober]:
+                if started is not None:
+                    started.stop()
             self._release_outside()
             self.store.close()
         return StreamResult([matrix for index in range(count) for matrix in result[index]], answer)
@@ -208,7 +210,7 @@ class BlockStream:
             set_tensor(self.model, name, placed)
             if name in experts:
                 owner, _, leaf = name.rpartition(".")
-                self.model.get_submodule(owner)._parameters[leaf] = ExpertTensor.wrap(placed, experts[name])  # type: ignore[assignment]
+                self.model.get_submodule(owner)._parameters[leaf] = ExpertTensor.wrap(placed, experts[name])
 
     def _placed(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A copy for the running model: it must not share memory with what is written."""

@@ -7,8 +7,9 @@ Multiple choice (``goal``, ``sol1``, ``sol2`` ..., ``label`` counted from 0; PIQ
 of the solution after ``Question: <goal>\\nAnswer:``, divided by its length in UTF-8 bytes; right when the labelled one
 is the largest. Sums (not normalised) are counted too.
 
-Every sequence begins with the tokenizer's BOS token, or its EOS token when it has no BOS, so that the first word of a
-sentence has a context and is scored as well; with a tokenizer that has neither, the first token is not scored. A tie
+Pairs begin with the tokenizer's BOS token, or its EOS token when it has no BOS, so that the first word of a sentence
+has a context and is scored as well; with a tokenizer that has neither, the first token is not scored. Multiple choice
+has a context of its own and begins with BOS only where the tokenizer itself puts one. A tie
 counts as the share of the tied that are right. Standard errors are binomial.
 """
 
@@ -141,7 +142,7 @@ def _right(scores: Sequence[float], label: int) -> float:
 
 
 def _protocol(tokenizer: PreTrainedTokenizerBase, questions: Questions) -> str:
-    start = _start_token(tokenizer)
+    start = _start_token(tokenizer, questions.kind)
     first = "first token not scored" if start is None else f"first token scored after {_name(tokenizer, start)}"
     if questions.kind == "pairs":
         return f"{len(questions.items)} pairs, sum of log-probabilities of the whole sentence, {first}"
@@ -156,14 +157,17 @@ def _name(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     return str(tokenizer.convert_ids_to_tokens(token))
 
 
-def _start_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    token: int | None = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return token
+def _start_token(tokenizer: PreTrainedTokenizerBase, kind: Kind) -> int | None:
+    """The token before everything, None for none."""
+    bos: int | None = tokenizer.bos_token_id
+    if kind == "pairs":
+        return tokenizer.eos_token_id if bos is None else bos
+    return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
 
 
 def _sequences(tokenizer: PreTrainedTokenizerBase, questions: Questions, limit: int | None) -> list[_Sequence]:
     """Tokens of every text of every question, in order."""
-    start = _start_token(tokenizer)
+    start = _start_token(tokenizer, questions.kind)
     prefix = [] if start is None else [start]
     texts = [item.context + text for item in questions.items for text in item.texts]
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}

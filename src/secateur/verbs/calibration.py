@@ -45,7 +45,9 @@ def maximum_length(model: transformers.PreTrainedModel) -> int | None:
     return value
 
 
-def window_length(asked: int | None, model: transformers.PreTrainedModel, default: int = DEFAULT_SEQUENCE_LENGTH) -> int:
+def window_length(
+    asked: int | None, model: transformers.PreTrainedModel, default: int = DEFAULT_SEQUENCE_LENGTH
+) -> int:
     """Tokens in a window: what was asked for, or the default cut down to what the model can take.
 
     Raises:
@@ -54,7 +56,8 @@ def window_length(asked: int | None, model: transformers.PreTrainedModel, defaul
     longest = maximum_length(model)
     if asked is not None and longest is not None and asked > longest:
         raise UsageError(
-            f"sequence length {asked} is more than the model's {longest}", hint=f"use --sequence-length {longest} or less"
+            f"sequence length {asked} is more than the model's {longest}",
+            hint=f"use --sequence-length {longest} or less",
         )
     return asked or min(default, longest or default)
 
@@ -81,8 +84,12 @@ def load_calibration(
     """
     if isinstance(data, torch.Tensor):
         if data.ndim != 2 or data.is_floating_point() or not data.numel():
-            raise CalibrationError(f"calibration token ids are {tuple(data.shape)} {data.dtype}", hint="give (n, L) integers")
-        return Calibration(batches_of_windows(model, data), {"calibration": "token ids given by the caller", **_size(data)})
+            raise CalibrationError(
+                f"calibration token ids are {tuple(data.shape)} {data.dtype}", hint="give (n, L) integers"
+            )
+        return Calibration(
+            batches_of_windows(model, data), {"calibration": "token ids given by the caller", **_size(data)}
+        )
     if data is not None:
         batches = batches_of_samples(data)
         if not batches:
@@ -97,7 +104,9 @@ def load_calibration(
     if recipe.samples is None:
         cut = windows(text.text, tokenizer, length)[:samples]
         if len(cut) < samples:
-            reporter.warn(f"{text.origin} fills {len(cut)} windows of {length} tokens, not the default {samples}: using {len(cut)}")
+            reporter.warn(
+                f"{text.origin} fills {len(cut)} windows of {length} tokens, not the default {samples}: all are used"
+            )
     else:
         cut = windows(text.text, tokenizer, length, samples)
     _check_vocabulary(cut, model)

@@ -1,4 +1,4 @@
-"""A model that a Python caller holds in memory: put on disk by its own `save_pretrained`, then pruned like any folder."""
+"""A model in memory: put on disk by its own `save_pretrained`, then pruned like any folder."""
 
 from __future__ import annotations
 
@@ -34,7 +34,12 @@ def as_source(
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     dtype = str(model.dtype).removeprefix("torch.")
     source = Source(
-        name=name, kind="memory", folder=folder, original_bytes=size, original_format=f"in memory, {dtype}", revision=None
+        name=name,
+        kind="memory",
+        folder=folder,
+        original_bytes=size,
+        original_format=f"in memory, {dtype}",
+        revision=None,
     )
     return source, Path(out) if out is not None else scratch / "out"
 

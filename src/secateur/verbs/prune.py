@@ -127,7 +127,8 @@ def prune(
             result, expected = _write(job, folder.partial, layout, resume, recorder)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped; finished blocks are kept in {folder.partial}", hint="go on with the same command and --resume"
+                f"stopped; finished blocks are kept in {folder.partial}",
+                hint="go on with the same command and --resume",
             ) from None
         peak = _peak_rss_bytes()
         seconds = time.monotonic() - started
@@ -187,7 +188,8 @@ def _merge(
 
 
 def _options(method: Method) -> dict[str, Any]:
-    return dataclasses.asdict(method) if dataclasses.is_dataclass(method) else {}  # type: ignore[arg-type]
+    options: Any = method
+    return dataclasses.asdict(options) if dataclasses.is_dataclass(options) else {}
 
 
 def _prepare(
@@ -211,9 +213,7 @@ def _prepare(
     plan = make_plan(recipe, structure)
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
     if method.statistics != "none":
-        calibration = load_calibration(
-            recipe, model, source.folder, reporter, data=data, demo=source.kind == "demo"
-        )
+        calibration = load_calibration(recipe, model, source.folder, reporter, data=data, demo=source.kind == "demo")
     check_finite(reader, reporter)
     digest = hash_folder(source.folder)
     plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
@@ -222,14 +222,9 @@ def _prepare(
     )
 
 
-def _write(
-    job: _Job, partial: Path, layout: Any, resume: bool, reporter: Recorder
-) -> tuple[StreamResult, Expected]:
+def _write(job: _Job, partial: Path, layout: Any, resume: bool, reporter: Recorder) -> tuple[StreamResult, Expected]:
     """Prune block by block into the partial folder; returns the results and what a verification must find."""
-    keys_of = {
-        block.index: sorted({key for name in block.tensors if job.binding.bound(name) for key in job.binding.unit_of(name).keys})
-        for block in job.structure.blocks
-    }  # fmt: skip
+    keys_of = {block.index: job.binding.keys_of(block.tensors) for block in job.structure.blocks}
     ledger = Ledger.begin(partial / LEDGER, _fingerprint(job), resume=resume)
     limit = activation_limit(job.recipe.activation_memory)
     with CheckpointWriter(partial, layout, resume=resume) as writer:

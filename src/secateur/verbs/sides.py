@@ -59,7 +59,11 @@ def measure_sides(
     before, after = (_size(folder, prunable) for folder in folders)
     protocol: dict[str, Any] = {
         "size": f"both sides stored as {after.dtype} safetensors"
-        + (f"; the source itself came as {source.original_format}, {source.original_bytes:,} bytes" if source.kind in ("gguf", "demo") else "")
+        + (
+            f"; the source itself came as {source.original_format}, {source.original_bytes:,} bytes"
+            if source.kind in ("gguf", "demo")
+            else ""
+        )
     }
     ratio: Ratio | None = None
     if evaluate and 2.5 * before.bytes_disk > psutil.virtual_memory().available:
@@ -123,9 +127,7 @@ def _speed(
             tokens = load_tokenizer(folders[0])(text, add_special_tokens=False)["input_ids"]
         except SecateurError:
             tokens, text = list(range(1, 17)), ""
-    pair = measure_pair(
-        *folders, prompt_tokens=tokens, prompt=text if tokens and text else None, reporter=reporter
-    )
+    pair = measure_pair(*folders, prompt_tokens=tokens, prompt=text if tokens and text else None, reporter=reporter)
     for side, measured in zip(sides, (pair.before, pair.after), strict=True):
         side.bytes_resident = measured.bytes_resident
         side.decode_tokens_per_second = measured.decode_tokens_per_second

@@ -30,7 +30,9 @@ def _quality(before: Measured, after: Measured) -> list[str]:
         ratio = math.exp(change)
         word = "worse" if change > 0 else "better"
         if abs(change) < 0.005:
-            said.append(f"Quality is unchanged: perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after.")
+            said.append(
+                f"Quality is unchanged: perplexity {before.perplexity:.2f} before, {after.perplexity:.2f} after."
+            )
         else:
             said.append(
                 f"Quality is {word}: perplexity went from {before.perplexity:.2f} to {after.perplexity:.2f} "
@@ -39,7 +41,9 @@ def _quality(before: Measured, after: Measured) -> list[str]:
     for name, value in before.accuracy.items():
         if name in after.accuracy:
             points = 100 * (after.accuracy[name] - value)
-            said.append(f"Accuracy on {name} went from {value:.1%} to {after.accuracy[name]:.1%} ({points:+.1f} points).")
+            said.append(
+                f"Accuracy on {name} went from {value:.1%} to {after.accuracy[name]:.1%} ({points:+.1f} points)."
+            )
     return said
 
 
@@ -47,11 +51,11 @@ def _size(before: Measured, after: Measured) -> str:
     ratio = after.bytes_disk / before.bytes_disk
     if abs(ratio - 1) < 0.001:
         return (
-            f"The file is not smaller: {after.bytes_disk:,} bytes as {after.dtype}, like before. Zeros alone do not shrink "
-            "a dense file; that takes a format which leaves them out."
+            f"The file is not smaller: {after.bytes_disk:,} bytes as {after.dtype}, like before. "
+            "Zeros alone do not shrink a dense file; that takes a format which leaves them out."
         )
     if before.dtype != after.dtype:
-        return f"The file has {ratio:.2f} times the bytes, because it is stored as {after.dtype} instead of {before.dtype}."
+        return f"The file has {ratio:.2f} times the bytes: it is stored as {after.dtype}, before as {before.dtype}."
     return f"The file has {ratio:.2f} times the bytes."
 
 
