@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from typing import Any
 
@@ -62,6 +64,15 @@ def _native_bfloat16(device: torch.device) -> bool:
         return False
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(bool(getattr(torch.cpu, check, lambda: False)()) for check in checks)
+
+
+def trim_memory() -> None:
+    """Hand freed memory back to the system where the C library can; otherwise it counts as resident until reused."""
+    gc.collect(0)
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return  # not glibc: nothing to do
 
 
 def activation_limit(text: str) -> int:

@@ -14,6 +14,7 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader, Unit
 from secateur.engine.blocks import Block, MatrixSpec, Structure, expert_order
 from secateur.engine.capture import AtBlock, AtMatrix, Capture, ExpertTensor, Finished, Lane
+from secateur.engine.device import trim_memory
 from secateur.engine.inputs import output_tensor
 from secateur.engine.plan import Plan
 from secateur.engine.skeleton import declare_dtype, drop_tensor, set_tensor
@@ -101,6 +102,7 @@ class BlockStream:
                 for lane in lanes:
                     self._advance(lane)
                 self._release_outside()
+                trim_memory()
                 if prober is not None:
                     self._advance_probe(prober)
                 while waiting := {
@@ -150,11 +152,12 @@ class BlockStream:
             self._release_outside()
             if probing:
                 assert prober is not None
-                self._install(block, final, torch.float32)
+                self._install(block, final, torch.float32, frozen=True)
                 self._advance_probe(prober)
         finally:
             for name in names:
                 drop_tensor(self.model, name)
+        trim_memory()
         self.reporter.advance(block.name)
         return matrices
 
@@ -203,20 +206,24 @@ class BlockStream:
 
     # --- weights of the running model ----------------------------------------------------------------------------
 
-    def _install(self, block: Block, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    def _install(
+        self, block: Block, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, *, frozen: bool = False
+    ) -> None:
         experts = {matrix.name: matrix for matrix in block.matrices if matrix.experts}
         for name, tensor in tensors.items():
             placed = self._placed(name, tensor, dtype)
+            if placed is tensor and not frozen:
+                placed = tensor.clone()  # the running weights change while the source is still needed
             set_tensor(self.model, name, placed)
             if name in experts:
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._parameters[leaf] = ExpertTensor.wrap(placed, experts[name])
 
     def _placed(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """A copy for the running model: it must not share memory with what is written."""
-        if not tensor.is_floating_point():
-            return tensor.to(self.device, copy=True)
-        return tensor.to(self.output_dtype(name)).to(self.device, dtype, copy=True)
+        """A tensor for the running model, rounded as it is written; the same memory where nothing changes."""
+        if tensor.is_floating_point():
+            tensor = tensor.to(self.output_dtype(name)).to(self.device, dtype)
+        return tensor.to(self.device)
 
     def _load_outside(self, module_name: str) -> None:
         """A module outside the blocks is about to run: embedding, final norm, head."""
@@ -228,7 +235,9 @@ class BlockStream:
             if self.binding.bound(name := f"{module_name}.{leaf}".lstrip("."))
         ]
         wanted = [name for name in names if name not in self._outside]
-        for name, tensor in self.binding.load(wanted, self.source).items():
+        loaded = self.binding.load(wanted, self.source)
+        for name in wanted:
+            tensor = loaded.pop(name)  # one copy at a time: these are the largest tensors of a model
             placed = self._placed(name, tensor, self._outside_dtype)
             set_tensor(self.model, name, placed)
             self._outside[name] = None

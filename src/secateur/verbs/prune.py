@@ -25,7 +25,7 @@ from secateur.checkpoint.writer import CheckpointWriter, layout_like
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
-from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device
+from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
 from secateur.engine.forward import probe_inputs
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
@@ -216,6 +216,7 @@ def _prepare(
         calibration = load_calibration(recipe, model, source.folder, reporter, data=data, demo=source.kind == "demo")
     check_finite(reader, reporter)
     digest = hash_folder(source.folder)
+    trim_memory()  # tokenizer and text are no longer needed
     plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
     return _Job(
         source, recipe, method, model, structure, reader, binding, plan, calibration, device, compute, dtype, digest
