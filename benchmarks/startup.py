@@ -1,7 +1,7 @@
 """How long it takes until the command line answers.
 
-Whole processes, in turn with `python -c pass`: `import secateur` and `secateur --help`, median of ten runs each. Neither
-imports torch; a test sees to that.
+Whole processes, in turn with `python -c pass`: `import secateur` and `secateur --help`, median of ten runs each.
+Neither imports torch; a test sees to that.
 
     python benchmarks/startup.py
 """

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -111,6 +113,34 @@ def layout() -> str:
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
+def results(name: str) -> str:
+    """The table of a benchmark, from the file that its script wrote, with machine and command."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        return f"*Not measured yet: `{path.relative_to(ROOT)}` is missing.*"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    columns = list(dict.fromkeys(key for row in data["rows"] for key in row))
+    rows = [[shown(column, row.get(column)) for column in columns] for row in data["rows"]]
+    machine = data["machine"]
+    return "\n\n".join(
+        [
+            table(columns, rows),
+            data["protocol"],
+            f"`{data['command']}`, commit {data['commit']}, on {machine['processor']}, {machine['cores']} cores, "
+            f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}.",
+        ]
+    )
+
+
+def shown(column: str, value: object) -> str:
+    """A figure with the digits that mean something."""
+    if isinstance(value, float):
+        if column.split()[0] in ("blimp-34x100", "piqa-valid-first919"):
+            return f"{value:.1%}"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return "" if value is None else str(value)
+
+
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {
         "methods": lambda: plugin_table("methods"),
@@ -119,6 +149,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "allocation details": lambda: plugin_details("allocation", "allocation"),
     },
     "docs/cli.md": {"commands": command_reference},
+    "docs/results.md": {
+        name: functools.partial(results, name) for name in ("quality", "compute", "speed", "memory", "startup")
+    },
     "CONTRIBUTING.md": {"layout": layout},
 }
 """Document -> name of a generated part -> what makes it."""

@@ -63,6 +63,15 @@ MeasureData = Annotated[
         "--data", rich_help_panel=OUTPUT_PANEL, help="Text to measure on: a text file, a dataset, or builtin."
     ),
 ]
+MeasureFiles = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--files",
+        metavar="FILE",
+        rich_help_panel=OUTPUT_PANEL,
+        help="JSONL of pairs (good, bad) or multiple choice to measure accuracy on; can be given again.",
+    ),
+]
 Prompt = Annotated[
     str | None,
     typer.Option(
@@ -98,6 +107,7 @@ def prune(
     verify: Verify = True,
     evaluate: Measure = True,
     data: MeasureData = "builtin",
+    files: MeasureFiles = None,
     prompt: Prompt = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -138,6 +148,7 @@ def prune(
             verify=verify,
             evaluate=evaluate,
             data=data,
+            files=files or (),
             prompt=prompt,
             reporter=reporter,
         )

@@ -1,8 +1,8 @@
 """Activations of paused forwards: kept in memory up to a limit, beyond it in a file.
 
-A paused forward holds tensors in its Python frames, where nobody can replace them. But their storages can be emptied and
-filled again in place, so the frames never notice. Tensors are found by watching every torch function that the forward
-calls and remembering its results weakly.
+A paused forward holds tensors in its Python frames, where nobody can replace them. But their storages can be emptied
+and filled again in place, so the frames never notice. Tensors are found by watching every torch function that the
+forward calls and remembering its results weakly.
 """
 
 from __future__ import annotations

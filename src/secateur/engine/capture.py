@@ -41,7 +41,7 @@ class AtMatrix:
 
 @dataclass(frozen=True)
 class Finished:
-    """A forward has nothing more to show; ``output`` is the model's output unless it was cut off after the last block."""
+    """A forward has nothing more to show; ``output`` is the model's, unless it was cut off after the last block."""
 
     output: Any = None
 
@@ -92,7 +92,7 @@ class Lane(greenlet):
 
 
 def _pause(event: Event) -> None:
-    """Hand an event to the loop and wait. The stack of torch function modes belongs to the coroutine: it is taken along."""
+    """Hand an event to the loop and wait. The stack of torch function modes is the coroutine's own: it goes along."""
     modes = []
     while torch._C._len_torch_function_stack():
         modes.append(torch.overrides._pop_mode())

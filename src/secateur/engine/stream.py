@@ -51,7 +51,7 @@ class BlockSink(Protocol):
 
 @dataclass
 class StreamResult:
-    """Results of all matrices in order, and the probe's answer (batch, ..., features) in float32 if there was a probe."""
+    """Results of all matrices in order, and the probe's answer (batch, ..., features) in float32, if there was one."""
 
     matrices: list[PrunedMatrix] = field(default_factory=list)
     probe: torch.Tensor | None = None
@@ -162,7 +162,7 @@ class BlockStream:
         return matrices
 
     def _prune_block(self, block: Block, lanes: list[Lane], final: dict[str, torch.Tensor]) -> list[PrunedMatrix]:
-        """Solve every targeted matrix of a block. ``final`` holds source tensors and afterwards what is to be written."""
+        """Solve every targeted matrix of a block. ``final`` holds the source's tensors, afterwards what is written."""
         specs = {matrix.name: matrix for matrix in block.matrices}
         reports = {
             name: PrunedMatrix(name, spec.shape, 0, 0.0) for name, spec in specs.items() if name in self.plan.targets

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from secateur.result import RESULT_FILE, Measured, PruneResult
 
@@ -31,13 +32,22 @@ def write_card(folder: Path, result: PruneResult) -> None:
         "",
         "## How it was made",
         "",
-        *(f"- {key.replace('_', ' ')}: {value}" for key, value in result.protocol.items()),
+        *_lines(result.protocol),
         f"- verified after writing: {'yes' if result.verified else 'no'}",
         "",
         f"The whole recipe, versions, hashes and the result for every matrix are in `{RESULT_FILE}`.",
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _lines(protocol: dict[str, Any], indent: str = "") -> list[str]:
+    """A protocol as a list, what is nested one step further in."""
+    lines = []
+    for key, value in protocol.items():
+        title = f"{indent}- {key.replace('_', ' ')}:"
+        lines += [title, *_lines(value, indent + "  ")] if isinstance(value, dict) else [f"{title} {value}"]
+    return lines
 
 
 def _rows(before: Measured, after: Measured) -> list[tuple[str, str, str]]:

@@ -21,7 +21,7 @@ from secateur.checkpoint.folder import OutputFolder, copy_side_files
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source, open_source
-from secateur.checkpoint.writer import CheckpointWriter, layout_like
+from secateur.checkpoint.writer import CheckpointWriter, Layout, layout_like
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
@@ -30,7 +30,7 @@ from secateur.engine.forward import probe_inputs
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
-from secateur.engine.stream import BlockStream, StreamResult
+from secateur.engine.stream import BlockStream
 from secateur.errors import CheckpointError, Interrupted, UsageError
 from secateur.plugins import Method, make_method
 from secateur.progress import Recorder, Reporter
@@ -60,6 +60,19 @@ class _Job:
     compute: torch.dtype
     dtype: torch.dtype | None
     source_hash: str
+
+
+@dataclass
+class _Written:
+    """Results of all matrices, and what a verification must find on the disk."""
+
+    matrices: list[PrunedMatrix]
+    expected: Expected
+
+    def sparsity(self, structure: Structure) -> float:
+        """Share of zeros in the matrices that were pruned."""
+        sizes = {matrix.name: matrix.size for matrix in structure.matrices}
+        return sum(m.zeros for m in self.matrices) / sum(sizes[m.name] for m in self.matrices)
 
 
 def prune(
@@ -124,27 +137,23 @@ def prune(
         folder.require_space(layout.nbytes)
         stack.enter_context(folder)
         try:
-            result, expected = _write(job, folder.partial, layout, resume, recorder)
+            written = _write(job, folder.partial, layout, resume, recorder)
+            peak, seconds = _peak_rss_bytes(), time.monotonic() - started
+            verification = _verified(folder.partial, written.expected, recorder) if verify else {}
+            sides = measure_sides(
+                source, folder.partial, skeleton=job.model, prunable=_prunable(job), evaluate=evaluate, data=data,
+                files=files, prompt=prompt, recipe=recipe, demo=source.kind == "demo", reporter=recorder,
+            )  # fmt: skip
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped; finished blocks are kept in {folder.partial}",
                 hint="go on with the same command and --resume",
             ) from None
-        peak = _peak_rss_bytes()
-        seconds = time.monotonic() - started
-        verification = _verified(folder.partial, expected, recorder) if verify else {}
-        zeros = sum(matrix.zeros for matrix in result.matrices)
-        sizes = {matrix.name: matrix.size for matrix in job.structure.matrices}
-        prunable = {key: job.reader.info(key).numel for name in sizes for key in job.binding.unit_of(name).keys}
-        sides = measure_sides(
-            source, folder.partial, skeleton=job.model, prunable=prunable, evaluate=evaluate, data=data, files=files,
-            prompt=prompt, recipe=recipe, demo=source.kind == "demo", reporter=recorder,
-        )  # fmt: skip
         pruned = PruneResult(
             out=str(out),
             source={**_plain(source), "sha256": job.source_hash},
             recipe=recipe.to_dict() | {"method_options": _options(job.method)},
-            sparsity=zeros / sum(sizes[matrix.name] for matrix in result.matrices),
+            sparsity=written.sparsity(job.structure),
             seconds=seconds,
             peak_rss_bytes=peak,
             before=sides.before,
@@ -158,17 +167,23 @@ def prune(
                 **sides.protocol,
             },
             verification=verification,
-            matrices=result.matrices,
+            matrices=written.matrices,
             warnings=recorder.warnings,
             versions=_versions(),
-            shards=dict(expected.shards),
+            shards=dict(written.expected.shards),
         )
         write_card(folder.partial, pruned)
         write_json(folder.partial / RESULT_FILE, pruned.to_dict())
         folder.commit()
         if in_memory is not None and in_place:
-            take_over(in_memory, Path(out), [matrix.name for matrix in result.matrices])
+            take_over(in_memory, Path(out), [matrix.name for matrix in written.matrices])
     return pruned
+
+
+def _prunable(job: _Job) -> dict[str, int]:
+    """Checkpoint key -> number of weights, for every tensor that may be pruned."""
+    names = [matrix.name for matrix in job.structure.matrices]
+    return {key: job.reader.info(key).numel for key in job.binding.keys_of(names)}
 
 
 def _merge(
@@ -189,7 +204,8 @@ def _merge(
 
 def _options(method: Method) -> dict[str, Any]:
     options: Any = method
-    return dataclasses.asdict(options) if dataclasses.is_dataclass(options) else {}
+    fields = dataclasses.fields(options) if dataclasses.is_dataclass(options) else ()
+    return {entry.name: getattr(options, entry.name) for entry in fields}
 
 
 def _prepare(
@@ -223,8 +239,8 @@ def _prepare(
     )
 
 
-def _write(job: _Job, partial: Path, layout: Any, resume: bool, reporter: Recorder) -> tuple[StreamResult, Expected]:
-    """Prune block by block into the partial folder; returns the results and what a verification must find."""
+def _write(job: _Job, partial: Path, layout: Layout, resume: bool, reporter: Recorder) -> _Written:
+    """Prune block by block into the partial folder, and put everything beside the weights that a model needs."""
     keys_of = {block.index: job.binding.keys_of(block.tensors) for block in job.structure.blocks}
     ledger = Ledger.begin(partial / LEDGER, _fingerprint(job), resume=resume)
     limit = activation_limit(job.recipe.activation_memory)
@@ -243,7 +259,7 @@ def _write(job: _Job, partial: Path, layout: Any, resume: bool, reporter: Record
     _tell_notes(result.matrices, reporter)
     copy_side_files(job.source.folder, partial)
     _write_config(job.source.folder, partial, job.dtype)
-    return result, Expected(shards, sink.zeros, probe, result.probe)
+    return _Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe))
 
 
 def _fingerprint(job: _Job) -> dict[str, Any]:
