@@ -18,7 +18,7 @@ def folder_name(name: str) -> str:
 
 
 def prune(name: str, out: Path, data: Path, compute_dtype: str = "auto") -> _common.Run:
-    """Prune the demo model by the first windows of the validation text; ``name`` is a method, with N:M if it has one."""
+    """Prune the demo model by the first windows of the validation text; ``name`` is a method, with N:M if it has it."""
     method, _, pattern = name.partition(" ")
     arguments = ["prune", "demo", "-o", str(out), "--method", method, "--overwrite", "--quiet"]
     arguments += ["--calibration", str(data / "wikitext2-valid.txt"), "--samples", str(SAMPLES)]

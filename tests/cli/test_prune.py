@@ -53,6 +53,7 @@ def test_without_flags_the_recipe_is_the_default(run, pruning):
         "verify": True,
         "evaluate": True,
         "data": "builtin",
+        "files": (),
         "prompt": None,
     }
 

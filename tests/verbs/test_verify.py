@@ -99,10 +99,13 @@ def test_model_larger_than_memory_is_verified_block_by_block(
 class _CtrlC(Reporter):
     """Interrupts at the second finished block."""
 
-    steps = 0
+    name, steps = "", 0
+
+    def stage(self, name: str, total: int) -> None:
+        self.name = name
 
     def advance(self, detail: str = "") -> None:
-        self.steps += detail.startswith("model.layers")
+        self.steps += self.name == "pruning"
         if self.steps == 2:
             raise KeyboardInterrupt
 
