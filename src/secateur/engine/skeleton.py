@@ -86,6 +86,14 @@ def drop_tensor(model: nn.Module, name: str) -> None:
     set_tensor(model, name, torch.empty_like(old, device="meta"))
 
 
+def buffers_to(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers that are really there (rotary frequencies, position ids) to a device."""
+    for module in model.modules():
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[leaf] = buffer.to(device)
+
+
 def declare_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Give the absent parameters a number format: some models cast their inputs to that of a weight not yet loaded."""
     for module in model.modules():

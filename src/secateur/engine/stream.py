@@ -17,7 +17,7 @@ from secateur.engine.capture import AtBlock, AtMatrix, Capture, ExpertTensor, Fi
 from secateur.engine.device import trim_memory
 from secateur.engine.inputs import output_tensor
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import declare_dtype, drop_tensor, set_tensor
+from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor, set_tensor
 from secateur.errors import CalibrationError, RunError
 from secateur.plugins import Method, make_method
 from secateur.progress import Reporter
@@ -99,6 +99,7 @@ class BlockStream:
         try:
             with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
                 declare_dtype(self.model, self.compute_dtype)
+                buffers_to(self.model, self.device)
                 for lane in lanes:
                     self._advance(lane)
                 self._release_outside()

@@ -151,7 +151,7 @@ def prune(
             ) from None
         pruned = PruneResult(
             out=str(out),
-            source={**_plain(source), "sha256": job.source_hash},
+            source=_provenance(model, source, job.source_hash),
             recipe=recipe.to_dict() | {"method_options": _options(job.method)},
             sparsity=written.sparsity(job.structure),
             seconds=seconds,
@@ -323,5 +323,10 @@ def _versions() -> dict[str, str]:
     return {"secateur": secateur.__version__, "python": python, **{name: version(name) for name in names}}
 
 
-def _plain(source: Source) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(source).items()}
+def _provenance(model: Any, source: Source, digest: str) -> dict[str, Any]:
+    """Where the weights came from: enough to open the dense model again and to see that it is the same."""
+    given = "" if source.kind == "memory" else str(model)
+    if source.kind in ("folder", "gguf"):
+        given = str(Path(given).expanduser().resolve())
+    entries = {key: value for key, value in dataclasses.asdict(source).items() if key != "folder"}
+    return {**entries, "model": given, "sha256": digest}
