@@ -7,6 +7,9 @@ TORCH_INDEX ?=
 OUT ?= demo-pruned
 ARGS ?=
 
+# In this order: compute.py compares with what quality.py found.
+BENCHMARKS ?= startup speed memory quality compute
+
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -52,7 +55,7 @@ lint: $(VENV)/dev ## Style, types, import layers, generated docs
 	$(BIN)/python docs/generate.py --check
 
 bench: $(VENV)/dev ## Run every benchmark; results go to benchmarks/results
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	@set -e; cd benchmarks; for name in $(BENCHMARKS); do echo "== $$name"; ../$(BIN)/python $$name.py; done
 
 docs: $(VENV)/dev ## Write the generated parts of the documents
 	$(BIN)/python docs/generate.py

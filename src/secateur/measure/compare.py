@@ -211,14 +211,14 @@ def measure_pair(
 
     with contextlib.ExitStack() as stack:
         workers: list[Worker] = []
-        for folder in folders:
+        for title, folder in zip(("before", "after"), folders, strict=True):
             with contextlib.ExitStack() as own:
                 worker = own.enter_context(open_one(folder))
                 sides.append(_first_look(worker, request if prompt_tokens else None, prompt, continuation_tokens))
                 if together:
                     workers.append(worker)
                     stack.push(own.pop_all())
-            reporter.advance(folder.name)
+            reporter.advance(title)
         for _ in range(rounds if prompt_tokens else 0):
             for index, folder in enumerate(folders):
                 if together:
