@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.writer import hash_file
 from secateur.errors import SecateurError, VerificationError
 from secateur.measure.compare import Worker
@@ -38,6 +39,8 @@ class Expected:
     """Checkpoint key of every pruned tensor -> number of zeros."""
     inputs: Mapping[str, torch.Tensor] | None = None
     output: torch.Tensor | None = None
+    source: Path | None = None
+    """Folder of the dense model: what was not pruned must be the same there, byte for byte."""
 
 
 def verify(folder: Path, expected: Expected, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -50,6 +53,8 @@ def verify(folder: Path, expected: Expected, reporter: Reporter | None = None) -
     checked: dict[str, Any] = {"shards": len(expected.shards)}
     checked["bytes"] = sum((folder / name).stat().st_size for name in expected.shards)
     checked["zeros"] = _check_zeros(folder, expected)
+    if expected.source is not None:
+        checked["tensors_unchanged"] = _check_copies(folder, expected.source, expected.zeros)
     if expected.inputs is not None and expected.output is not None:
         answer, loader = _fresh_output(folder, expected.inputs, reporter or Reporter())
         checked["loader"] = loader
@@ -97,6 +102,27 @@ def _check_zeros(folder: Path, expected: Expected) -> int:
             raise VerificationError(f"{folder}: {key} has {counted.get(key)} zeros on the disk, {zeros} were made")
         total += zeros
     return total
+
+
+def _check_copies(folder: Path, source: Path, pruned: Container[str]) -> int:
+    """Compare every tensor that was not pruned with the source's; where the number format changed, by value."""
+    same = 0
+    with CheckpointReader(source) as dense, CheckpointReader(folder) as made:
+        if set(dense.keys) != set(made.keys):
+            raise VerificationError(f"{folder} does not hold the tensors of {source}")
+        for key in made.keys:
+            if key in pruned:
+                continue
+            dtype = made.info(key).dtype
+            if dtype == dense.info(key).dtype:
+                pairs = zip(made.chunks(key), dense.chunks(key), strict=True)
+                equal = all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in pairs)
+            else:
+                equal = torch.equal(made.tensor(key), dense.tensor(key).to(dtype))
+            if not equal:
+                raise VerificationError(f"{folder}: {key} was not pruned, but differs from the source")
+            same += 1
+    return same
 
 
 def _fresh_output(folder: Path, inputs: Mapping[str, torch.Tensor], reporter: Reporter) -> tuple[torch.Tensor, str]:

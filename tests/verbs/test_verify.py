@@ -53,15 +53,19 @@ def test_tampered_shard(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "found"),
-    [("model.layers.0.mlp.up_proj.weight", 0.0, "zeros"), ("model.norm.weight", 1.5, "answers differently")],
+    ("name", "factor", "found"),
+    [
+        ("model.layers.0.mlp.up_proj.weight", 0.0, "zeros"),
+        ("model.layers.0.mlp.down_proj.weight", 1.5, "answers differently"),
+        ("model.norm.weight", 1.5, "was not pruned"),
+    ],
 )
 def test_weights_that_are_not_what_was_made(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: float, found: str
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, factor: float, found: str
 ) -> None:
     def change(path: Path, shards: dict[str, str]) -> None:
         weights = load_file(path)
-        weights[name].flatten()[:8] = value
+        weights[name] *= factor
         save_file(weights, path, metadata={"format": "pt"})
         shards["model.safetensors"] = verify_module.hash_file(path)  # so that only the deeper checks can see it
 

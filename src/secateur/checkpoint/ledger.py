@@ -92,6 +92,14 @@ class Ledger:
                 raise OutputError(f"{path} cannot be written: {error.strerror}", hint=again) from error
         return cls(path, fingerprint, lines[1:])
 
+    @staticmethod
+    def any_step(path: Path) -> bool:
+        """Whether a ledger notes at least one finished step."""
+        try:
+            return path.read_bytes().count(b"\n") > 1
+        except OSError:
+            return False
+
     def append(self, step: Mapping[str, Any]) -> None:
         """Note a finished step. When this returns, the line is on the disk.
 

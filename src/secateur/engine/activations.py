@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from secateur.errors import DiskSpaceError
+from secateur.errors import RunError
 
 MINIMUM_BYTES = 16 * 1024
 """Smaller tensors stay in memory: a file access costs more than they do."""
@@ -92,7 +92,7 @@ class SpillFile:
         """Store bytes; returns (offset, size).
 
         Raises:
-            DiskSpaceError: when the disk is full.
+            RunError: when the disk is full.
         """
         size = len(data)
         slot = next((entry for entry in self._free if entry[1] == size), None)
@@ -106,7 +106,7 @@ class SpillFile:
             while written < size:
                 written += os.pwrite(self._handle.fileno(), data[written:], slot[0] + written)
         except OSError as error:
-            raise DiskSpaceError(
+            raise RunError(
                 f"activations could not be written to disk: {error.strerror}",
                 hint="free some space, or use fewer --samples or more --activation-memory; then --resume",
             ) from error

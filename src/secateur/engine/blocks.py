@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from secateur.engine.skeleton import tensors_of
+from secateur.engine.skeleton import tensors_of, tied_names
 from secateur.errors import UnsupportedModelError
 
 
@@ -87,15 +88,15 @@ def find_structure(model: nn.Module) -> Structure:
     unprunable: dict[str, tuple[list[int], str]] = {}
     blocks = []
     inside: set[str] = set()
-    shared: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    ties = tied_names(model) if isinstance(model, PreTrainedModel) else {}
     for index, name in enumerate(names):
         block_module = model.get_submodule(name)
         block = Block(index, name, tensors=list(tensors_of(block_module, name)))
         inside.update(block.tensors)
         for path, module in block_module.named_modules(prefix=name):
             for matrix, reason in _matrices_of(module, path):
-                parameter = module.get_parameter(matrix.name.rpartition(".")[2])
-                owner = shared.setdefault(id(parameter), matrix.name)
+                owner = shared.setdefault(_root(matrix.name, ties), matrix.name)
                 if owner != matrix.name:
                     reason = f"shares its weights with {owner}"
                 if reason:
@@ -142,13 +143,24 @@ def _matrices_of(module: nn.Module, path: str) -> list[tuple[MatrixSpec, str]]:
         return []
     found = []
     transposed = bool(getattr(module, "is_transposed", False))
+    counts = {getattr(module, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")}
     for leaf, parameter in module.named_parameters(recurse=False):
-        if parameter.ndim == 3 and "bias" not in leaf:
+        # Other 3-D parameters exist (mixing coefficients, per-head projections): only a module that counts its experts
+        # has expert matrices.
+        if parameter.ndim == 3 and "bias" not in leaf and parameter.shape[0] in counts and min(parameter.shape[1:]) > 1:
             experts, first, second = parameter.shape
             out_features, in_features = (second, first) if transposed else (first, second)
             spec = MatrixSpec(f"{path}.{leaf}", path, out_features, in_features, transposed, experts)
             found.append((spec, ""))
     return found
+
+
+def _root(name: str, ties: dict[str, str]) -> str:
+    """The name whose tensor this one is in the end. A skeleton's tied parameters are not the same object."""
+    seen = {name}
+    while (name := ties.get(name, name)) not in seen:
+        seen.add(name)
+    return name
 
 
 def _reason(model: nn.Module, name: str, where: str) -> str:

@@ -105,6 +105,15 @@ def _pause(event: Event) -> None:
             torch.overrides._push_mode(mode)
 
 
+def _refuse_absent(name: str, args: Any, kwargs: Any) -> None:
+    """A model that looks at a weight before the weight's module runs has moved its inputs to where nothing is."""
+    if any(isinstance(value, torch.Tensor) and value.is_meta for value in (*args, *kwargs.values())):
+        raise UnsupportedModelError(
+            f"the inputs of {name} depend on where a weight lies that is not loaded yet",
+            hint="this model cannot be streamed block by block yet",
+        )
+
+
 class Capture:
     """Puts the pauses into a model, and takes them out again: a context manager."""
 
@@ -120,7 +129,7 @@ class Capture:
         for block in self._blocks:
             module = self._model.get_submodule(block.name)
             inside.update(name for name, _ in module.named_modules(prefix=block.name))
-            self._handles.append(module.register_forward_pre_hook(self._enter_block(block)))
+            self._handles.append(module.register_forward_pre_hook(self._enter_block(block), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave_block))
             for matrix in block.matrices:
                 if not matrix.experts:
@@ -128,7 +137,7 @@ class Capture:
         for name, module in self._model.named_modules():
             own = dict(module.named_parameters(recurse=False))
             if name not in inside and own:
-                self._handles.append(module.register_forward_pre_hook(self._enter_outside(name)))
+                self._handles.append(module.register_forward_pre_hook(self._enter_outside(name), with_kwargs=True))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -140,13 +149,14 @@ class Capture:
         self._overridden.clear()
 
     def _enter_block(self, block: Block) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            _refuse_absent(block.name, args, kwargs)
             lane = getcurrent()
             if isinstance(lane, Lane):
                 if not lane.entered(block.index):
                     raise UnsupportedModelError(
                         f"block {block.name} runs more than once in one forward (shared weights)",
-                        hint="prune it with a method that needs no calibration: magnitude",
+                        hint="models that reuse a block cannot be pruned yet",
                     )
                 _pause(AtBlock(block.index))
 
@@ -159,7 +169,11 @@ class Capture:
             _pause(Finished())  # never resumed: what follows is the head, which calibration does not need
 
     def _enter_outside(self, name: str) -> Callable[..., None]:
-        return lambda module, args: self._on_outside(name)
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            _refuse_absent(name, args, kwargs)
+            self._on_outside(name)
+
+        return hook
 
     def _watch_linear(self, matrix: MatrixSpec) -> None:
         module = self._model.get_submodule(matrix.module)

@@ -85,7 +85,7 @@ def activation_limit(text: str) -> int:
         import psutil
 
         return int(psutil.virtual_memory().available // 2)
-    match = re.fullmatch(r"([\d.]+)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
     if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"activation_memory is '{text}'", hint="give a size such as 500MB or 2GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

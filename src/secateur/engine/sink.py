@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -10,7 +11,13 @@ import torch
 from secateur.checkpoint.ledger import Ledger
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.writer import CheckpointWriter
+from secateur.errors import OutputError
 from secateur.result import PrunedMatrix
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Hex sha256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 class CheckpointSink:
@@ -35,6 +42,12 @@ class CheckpointSink:
             self._done[step["block"]] = [PrunedMatrix(**matrix) for matrix in step["matrices"]]
             self.zeros.update(step["zeros"])
             writer.mark_written(keys_of[step["block"]])
+            for key, digest in step["sha256"].items():
+                if tensor_digest(writer.tensor(key)) != digest:
+                    raise OutputError(
+                        f"{writer.folder}: tensor {key} is not what the earlier run wrote",
+                        hint="start again with --overwrite",
+                    )
 
     @property
     def blocks_done(self) -> int:
@@ -66,7 +79,8 @@ class CheckpointSink:
         self._writer.sync()
         zeros = {key: self.zeros[key] for key in self._keys_of[index] if key in self.zeros}
         rows = [dataclasses.asdict(matrix) for matrix in matrices]
-        self._ledger.append({"block": index, "zeros": zeros, "matrices": rows})
+        digests = {key: tensor_digest(self._writer.tensor(key)) for key in self._keys_of[index]}
+        self._ledger.append({"block": index, "zeros": zeros, "sha256": digests, "matrices": rows})
 
     def copy_rest(self) -> None:
         """Copy every tensor that belongs to no block."""

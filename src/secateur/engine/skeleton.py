@@ -23,8 +23,9 @@ def build_skeleton(folder: Path) -> transformers.PreTrainedModel:
     """
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     cls = model_class(config)
+    # float32 whatever the config says: buffers that the code computes must not be rounded to a narrower format.
     with init_empty_weights(include_buffers=False):
-        model: transformers.PreTrainedModel = cls._from_config(config)
+        model: transformers.PreTrainedModel = cls._from_config(config, dtype=torch.float32)
     # Nothing is generated here, and a KV cache would only hold memory; experts must run one by one to be observed.
     for part in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
         if getattr(part, "use_cache", False):

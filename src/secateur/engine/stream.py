@@ -99,6 +99,7 @@ class BlockStream:
         try:
             with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
                 declare_dtype(self.model, self.compute_dtype)
+                self._load_buffers()
                 buffers_to(self.model, self.device)
                 for lane in lanes:
                     self._advance(lane)
@@ -146,6 +147,7 @@ class BlockStream:
                 self.sink.finish(block.index, matrices)
             else:
                 matrices = finished
+                self._written.update(self.binding.keys_of(names))
                 if lanes:
                     self._install(block, final, self.compute_dtype)
                 for lane in lanes:
@@ -226,15 +228,17 @@ class BlockStream:
             tensor = tensor.to(self.output_dtype(name)).to(self.device, dtype)
         return tensor.to(self.device)
 
+    def _load_buffers(self) -> None:
+        """Buffers of the checkpoint that lie outside the blocks: small, so they are loaded once and stay."""
+        inside = {name for block in self.structure.blocks for name in block.tensors}
+        names = [name for name, _ in self.model.named_buffers() if name not in inside and self.binding.bound(name)]
+        for name, tensor in self.binding.load(names, self.source).items():
+            set_tensor(self.model, name, self._placed(name, tensor, torch.float32))
+
     def _load_outside(self, module_name: str) -> None:
         """A module outside the blocks is about to run: embedding, final norm, head."""
         module = self.model.get_submodule(module_name)
         names = [f"{module_name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
-        names += [
-            name
-            for leaf, _ in module.named_buffers(recurse=False)
-            if self.binding.bound(name := f"{module_name}.{leaf}".lstrip("."))
-        ]
         wanted = [name for name in names if name not in self._outside]
         loaded = self.binding.load(wanted, self.source)
         for name in wanted:
@@ -369,6 +373,8 @@ class _Solver:
         if not torch.isfinite(solved.weight).all():
             raise RunError(f"the method returned NaN or infinity for {name}", hint="use more calibration data")
         part.copy_(solved.weight)
+        if not torch.isfinite(part).all():
+            raise RunError(f"{name} does not fit {part.dtype} any more", hint="use --dtype bfloat16 or float32")
         self._solved.add((name, expert))
         report = self._reports[name]
         if solved.loss is not None:

@@ -27,6 +27,8 @@ class Calibration:
 
     batches: list[dict[str, torch.Tensor]] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
+    probe: dict[str, torch.Tensor] | None = None
+    """A small input of the same kind, for the verification; None leaves the choice to the engine."""
 
 
 def maximum_length(model: transformers.PreTrainedModel) -> int | None:
@@ -94,7 +96,8 @@ def load_calibration(
         batches = batches_of_samples(data)
         if not batches:
             raise CalibrationError("the calibration data given is empty", hint="give at least one batch")
-        return Calibration(batches, {"calibration": "batches given by the caller", "samples": len(batches)})
+        probe = {name: tensor[:1] for name, tensor in batches[0].items()}
+        return Calibration(batches, {"calibration": "batches given by the caller", "samples": len(batches)}, probe)
     if is_vision(model):
         return _images(recipe, folder)
     length = window_length(recipe.sequence_length, model, 1024 if demo else DEFAULT_SEQUENCE_LENGTH)

@@ -13,6 +13,7 @@ import transformers
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
 from secateur.engine.binding import Binding
+from secateur.errors import UnsupportedModelError
 
 
 def as_source(
@@ -27,7 +28,9 @@ def as_source(
         beside = None
     scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-", dir=beside)))
     folder = scratch / "model"
+    before = (model.config.dtype, model.config.architectures)
     model.save_pretrained(folder)
+    model.config.dtype, model.config.architectures = before  # the caller's config stays as it was
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
@@ -47,6 +50,8 @@ def as_source(
 def take_over(model: transformers.PreTrainedModel, folder: Path, names: list[str]) -> None:
     """Copy pruned tensors of a written folder into the model in memory."""
     parameters = dict(model.named_parameters())
+    if any(parameters[name].is_meta for name in names):
+        raise UnsupportedModelError("the model is offloaded: its weights cannot be replaced in place", hint="give OUT")
     with CheckpointReader(folder) as reader, torch.no_grad():
         binding = Binding(model, reader.keys)
         for name in names:

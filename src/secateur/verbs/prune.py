@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,18 @@ from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
 from secateur.engine.forward import probe_inputs
 from secateur.engine.plan import Plan, make_plan, plan_globally
-from secateur.engine.sink import CheckpointSink
+from secateur.engine.sink import CheckpointSink, tensor_digest
 from secateur.engine.skeleton import build_skeleton
 from secateur.engine.stream import BlockStream
-from secateur.errors import CheckpointError, Interrupted, UsageError
+from secateur.errors import (
+    CheckpointError,
+    Interrupted,
+    RunError,
+    SecateurError,
+    UsageError,
+    VerificationError,
+    WeightValueError,
+)
 from secateur.plugins import Method, make_method
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
@@ -68,11 +77,6 @@ class _Written:
 
     matrices: list[PrunedMatrix]
     expected: Expected
-
-    def sparsity(self, structure: Structure) -> float:
-        """Share of zeros in the matrices that were pruned."""
-        sizes = {matrix.name: matrix.size for matrix in structure.matrices}
-        return sum(m.zeros for m in self.matrices) / sum(sizes[m.name] for m in self.matrices)
 
 
 def prune(
@@ -124,6 +128,8 @@ def prune(
         in_memory = model if isinstance(model, transformers.PreTrainedModel) else None
         in_place = out is None
         if in_memory is not None:
+            if out is not None:
+                OutputFolder(out, overwrite=overwrite, resume=resume)
             source, out = as_source(in_memory, tokenizer, out, stack)
         elif out is None:
             raise UsageError("prune needs an output folder", hint="give OUT: secateur.prune(model, 'out')")
@@ -145,15 +151,24 @@ def prune(
                 files=files, prompt=prompt, recipe=recipe, demo=source.kind == "demo", reporter=recorder,
             )  # fmt: skip
         except KeyboardInterrupt:
+            if in_place:
+                raise
             raise Interrupted(
                 f"stopped; finished blocks are kept in {folder.partial}",
                 hint="go on with the same command and --resume",
             ) from None
+        except (RunError, VerificationError):
+            raise
+        except SecateurError:
+            # Found out only while running: as long as no block was finished, nothing was written that is worth keeping.
+            if not resume and not Ledger.any_step(folder.partial / LEDGER):
+                folder.discard()
+            raise
         pruned = PruneResult(
-            out=str(out),
+            out="" if in_place else str(out),
             source=_provenance(model, source, job.source_hash),
             recipe=recipe.to_dict() | {"method_options": _options(job.method)},
-            sparsity=written.sparsity(job.structure),
+            sparsity=sides.after.sparsity,
             seconds=seconds,
             peak_rss_bytes=peak,
             before=sides.before,
@@ -231,12 +246,24 @@ def _prepare(
     if method.statistics != "none":
         calibration = load_calibration(recipe, model, source.folder, reporter, data=data, demo=source.kind == "demo")
     check_finite(reader, reporter)
+    if dtype is not None:
+        _check_fits(reader, dtype)
     digest = hash_folder(source.folder)
     trim_memory()  # tokenizer and text are no longer needed
     plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
     return _Job(
         source, recipe, method, model, structure, reader, binding, plan, calibration, device, compute, dtype, digest
     )
+
+
+def _check_fits(reader: CheckpointReader, dtype: torch.dtype) -> None:
+    """Refuse a number format in which a weight would become infinite."""
+    for key in reader.keys:
+        if reader.info(key).dtype.is_floating_point:
+            for chunk in reader.chunks(key):
+                if not torch.isfinite(chunk.to(dtype)).all():
+                    name = str(dtype).removeprefix("torch.")
+                    raise WeightValueError(f"{key} holds values too large for {name}", hint="use --dtype bfloat16")
 
 
 def _write(job: _Job, partial: Path, layout: Layout, resume: bool, reporter: Recorder) -> _Written:
@@ -252,14 +279,14 @@ def _write(job: _Job, partial: Path, layout: Layout, resume: bool, reporter: Rec
             job.model, job.structure, job.binding, job.reader, sink, job.method, job.plan,
             ActivationStore(limit, partial), job.device, job.compute, job.recipe.seed, reporter,
         )  # fmt: skip
-        probe = probe_inputs(job.model)
+        probe = job.calibration.probe or probe_inputs(job.model)
         result = stream.run(job.calibration.batches, probe)
         sink.copy_rest()
         shards = writer.finish()
     _tell_notes(result.matrices, reporter)
     copy_side_files(job.source.folder, partial)
     _write_config(job.source.folder, partial, job.dtype)
-    return _Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe))
+    return _Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe, job.source.folder))
 
 
 def _fingerprint(job: _Job) -> dict[str, Any]:
@@ -270,11 +297,20 @@ def _fingerprint(job: _Job) -> dict[str, Any]:
         "recipe": recipe,
         "source_sha256": job.source_hash,
         "calibration": job.calibration.protocol,
+        "calibration_sha256": _digest_of(job.calibration.batches),
+        "config_sha256": hashlib.sha256((job.source.folder / "config.json").read_bytes()).hexdigest(),
         "device": str(job.device),
         "compute_dtype": str(job.compute),
         "threads": torch.get_num_threads(),
         "versions": _versions(),
     }
+
+
+def _digest_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
+    """Hex sha256 of all calibration inputs: the same text, cut by the same tokenizer."""
+    digests = [f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_digest(tensor.cpu())}" for batch in batches
+               for name, tensor in sorted(batch.items())]  # fmt: skip
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _write_config(source: Path, partial: Path, dtype: torch.dtype | None) -> None:

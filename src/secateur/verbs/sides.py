@@ -22,7 +22,7 @@ from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.evaluate import evaluate as evaluate_model
 from secateur.verbs.verdict import sentences
 
-WINDOWS = 16
+WINDOWS = 12
 """Windows of the measuring text, when the text has as many."""
 DEFAULT_PROMPT = "A list is a mutable sequence. To add an item to the end of a list,"
 
@@ -72,7 +72,13 @@ def measure_sides(
     if evaluate:
         _quality(folders, (before, after), protocol, skeleton, data, files, recipe, demo, reporter)
         ratio = _speed(folders, (before, after), protocol, skeleton, prompt, reporter)
-    return Sides(before, after, sentences(before, after, ratio), protocol)
+    said = sentences(before, after, ratio)
+    if source.kind in ("gguf", "demo"):
+        said.append(
+            f"Both sides are compared as {after.dtype}: the model came quantised ({source.original_format}, "
+            f"{source.original_bytes:,} bytes), and pruning works on the numbers it stands for."
+        )
+    return Sides(before, after, said, protocol)
 
 
 def _size(folder: Path, prunable: dict[str, int]) -> Measured:
