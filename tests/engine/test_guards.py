@@ -113,6 +113,20 @@ def test_inputs_on_the_meta_device_are_refused(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_weights_read_past_their_module_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    cls = type(tiny_model("llama").model)
+    original = cls.forward
+
+    def forward(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        return original(self, inputs_embeds=nn.functional.embedding(input_ids, self.embed_tokens.weight), **kwargs)
+
+    monkeypatch.setattr(cls, "forward", forward)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM|model\.layers\.0"):
+        _prune(folder, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
 def test_full_disk_while_activations_spill_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, out = save_tiny(tmp_path / "model", "llama"), tmp_path / "out"
     ids = calibration_for("llama", rows=96, length=48)

@@ -18,7 +18,7 @@ from secateur.engine.device import trim_memory
 from secateur.engine.inputs import output_tensor
 from secateur.engine.plan import Plan
 from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor, set_tensor
-from secateur.errors import CalibrationError, RunError
+from secateur.errors import CalibrationError, RunError, UnsupportedModelError
 from secateur.plugins import Method, make_method
 from secateur.progress import Reporter
 from secateur.result import PrunedMatrix
@@ -89,6 +89,7 @@ class BlockStream:
         Raises:
             CalibrationError: when an activation is not finite.
             RunError: when a solver returns a value that is not finite.
+            UnsupportedModelError: when the forward needs a weight that is not loaded at that moment.
         """
         result: dict[int, list[PrunedMatrix]] = {}
         count = len(self.structure.blocks)
@@ -119,6 +120,13 @@ class BlockStream:
                 if prober is not None and isinstance(prober.event, Finished):
                     answer = output_tensor(prober.event.output).float().cpu()
                     prober.event = None
+        except (RuntimeError, NotImplementedError) as error:
+            if "meta" not in str(error):
+                raise
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} reads a weight without running the module that owns it",
+                hint="this model cannot be streamed block by block yet",
+            ) from error
         finally:
             for started in [*lanes, prober]:
                 if started is not None:
