@@ -119,7 +119,8 @@ def test_weights_read_past_their_module_are_refused(tmp_path: Path, monkeypatch:
     original = cls.forward
 
     def forward(self: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
-        return original(self, inputs_embeds=nn.functional.embedding(input_ids, self.embed_tokens.weight), **kwargs)
+        kwargs["inputs_embeds"] = nn.functional.embedding(input_ids, self.embed_tokens.weight)
+        return original(self, **kwargs)
 
     monkeypatch.setattr(cls, "forward", forward)
     with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM|model\.layers\.0"):
