@@ -37,6 +37,7 @@ from secateur.errors import (
     Interrupted,
     RunError,
     SecateurError,
+    UnsupportedModelError,
     UsageError,
     VerificationError,
     WeightValueError,
@@ -159,11 +160,13 @@ def prune(
             ) from None
         except (RunError, VerificationError):
             raise
-        except SecateurError:
-            # Found out only while running: as long as no block was finished, nothing was written that is worth keeping.
-            if not resume and not Ledger.any_step(folder.partial / LEDGER):
+        except SecateurError as error:
+            # Found out only while running. What no later run could use is removed; finished blocks are kept and said so.
+            useless = isinstance(error, UnsupportedModelError) or not Ledger.any_step(folder.partial / LEDGER)
+            if useless and not resume:
                 folder.discard()
-            raise
+                raise
+            raise RunError(error.message, hint=f"{error.hint}; finished blocks are kept, --resume goes on") from error
         pruned = PruneResult(
             out="" if in_place else str(out),
             source=_provenance(model, source, job.source_hash),
