@@ -35,6 +35,7 @@ from secateur.engine.stream import BlockStream
 from secateur.errors import (
     CheckpointError,
     Interrupted,
+    OutputError,
     RunError,
     SecateurError,
     UnsupportedModelError,
@@ -161,7 +162,9 @@ def prune(
         except (RunError, VerificationError):
             raise
         except SecateurError as error:
-            # Found out only while running. What no later run could use is removed; finished blocks are kept and said so.
+            # Found out only while running. What no later run could use is removed; finished blocks are kept.
+            if isinstance(error, OutputError) and resume:
+                raise  # the run was not taken up at all
             useless = isinstance(error, UnsupportedModelError) or not Ledger.any_step(folder.partial / LEDGER)
             if useless and not resume:
                 folder.discard()
