@@ -54,6 +54,8 @@ class InspectResult(_Plain):
     """Share of the prunable weights that are zero."""
     bytes_disk: int
     blocks: int
+    obstacle: str | None = None
+    """Why `prune` refuses the whole model; None when it does not."""
     matrices: list[Matrix] = field(default_factory=list)
     unprunable: list[Unprunable] = field(default_factory=list)
 

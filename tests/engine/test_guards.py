@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import secateur
+from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
-from secateur.engine.forward import probe_inputs, stream_forward
+from secateur.engine.forward import probe_inputs, rehearse, stream_forward
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import Interrupted, OutputError, RunError, UnsupportedModelError, WeightValueError
@@ -164,3 +166,41 @@ def test_every_parameter_of_a_model_is_bound(tmp_path: Path) -> None:
     binding = Binding(model, load_file(folder / "model.safetensors"))
     assert not binding.missing
     assert not binding.unbound
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (transformers.AlbertConfig, "more than once"),
+        (transformers.DebertaV2Config, "not loaded yet"),
+    ],
+)
+def test_what_cannot_be_streamed_is_known_before_work_starts(
+    config: Any, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    if config is transformers.DebertaV2Config:
+        values |= {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_biased_input": False}
+    else:
+        values |= {"embedding_size": 16}
+    model = transformers.AutoModelForMaskedLM.from_config(config(num_hidden_layers=2, **values))
+    model.save_pretrained(tmp_path / "model")
+
+    obstacle = secateur.inspect(tmp_path / "model").obstacle
+    assert obstacle is not None
+    assert reason in obstacle
+    # Not even the weights are looked at, let alone the text.
+    monkeypatch.setattr("secateur.verbs.prune.check_finite", lambda *_: pytest.fail("work has started"))
+    with pytest.raises(UnsupportedModelError, match=reason):
+        _prune(tmp_path / "model", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "t5", "vit"])
+def test_rehearsal_leaves_no_weight_behind(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", family)
+    model = build_skeleton(folder)
+    with CheckpointReader(folder) as reader:
+        binding, structure = Binding(model, reader.keys), find_structure(model)
+        rehearse(model, structure, binding, reader)
+    assert all(parameter.is_meta for parameter in model.parameters())

@@ -141,7 +141,10 @@ def inspected(result: InspectResult, *, each: bool) -> RenderableType:
     kept.add_column("because")
     for (name, reason), tensors in _grouped(result.unprunable, lambda u: (label(u.name), u.reason)).items():
         kept.add_row(Text(name), str(len(tensors)), Text(reason))
-    return Group(facts, Text(), table, Text(), kept)
+    refused: list[RenderableType] = []
+    if result.obstacle:
+        refused = [Text(f"prune refuses this model: {result.obstacle}", style="bold red"), Text()]
+    return Group(facts, Text(), *refused, table, Text(), kept)
 
 
 def evaluated(result: EvaluateResult) -> RenderableType:

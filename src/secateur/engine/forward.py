@@ -1,10 +1,11 @@
-"""A forward through a folder that need not fit in memory: the same blocks and pauses, nothing pruned."""
+"""Forwards that prune nothing: through a folder that need not fit in memory, and a rehearsal without weights."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import transformers
@@ -12,7 +13,7 @@ import transformers
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader
-from secateur.engine.blocks import find_structure
+from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.plan import Plan
 from secateur.engine.skeleton import build_skeleton
 from secateur.engine.stream import BlockStream
@@ -20,20 +21,49 @@ from secateur.plugins import make_method
 from secateur.result import PrunedMatrix
 
 
-class _ReadOnly:
-    """A sink in which every block is already done."""
+class _Source(TensorReader, Protocol):
+    def dtype(self, key: str) -> torch.dtype:
+        """Number format of a key."""
+
+
+class _Stored:
+    """The tensors of a checkpoint."""
 
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return self._reader.tensor(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._reader.info(key).dtype
+
+
+class _Zeros(_Stored):
+    """Zeros in the shapes of a checkpoint: the system gives them memory only where something is written."""
+
+    def tensor(self, key: str) -> torch.Tensor:
+        return torch.zeros(self._reader.info(key).shape, dtype=self.dtype(key))
+
+    def dtype(self, key: str) -> torch.dtype:
+        dtype = super().dtype(key)
+        return torch.float32 if dtype.is_floating_point else dtype
+
+
+class _ReadOnly:
+    """A sink in which every block is already done."""
+
+    def __init__(self, source: _Source) -> None:
+        self._source = source
 
     def done(self, index: int) -> list[PrunedMatrix]:
         return []
 
     def reader(self) -> TensorReader:
-        return self._reader
+        return self._source
 
     def dtype(self, key: str) -> torch.dtype:
-        return self._reader.info(key).dtype
+        return self._source.dtype(key)
 
     def write(self, key: str, tensor: torch.Tensor) -> None:
         raise NotImplementedError
@@ -53,17 +83,31 @@ def stream_forward(folder: Path, inputs: Mapping[str, torch.Tensor]) -> torch.Te
     """
     model = build_skeleton(folder)
     with CheckpointReader(folder) as reader:
-        stream = BlockStream(
-            model,
-            find_structure(model),
-            Binding(model, reader.keys),
-            reader,
-            _ReadOnly(reader),
-            make_method("magnitude"),
-            Plan(),
-            ActivationStore(None, Path(tempfile.gettempdir())),
-        )
-        answer = stream.run([], inputs).probe
+        return _forward(model, find_structure(model), Binding(model, reader.keys), _Stored(reader), inputs)
+
+
+def rehearse(
+    model: transformers.PreTrainedModel, structure: Structure, binding: Binding, reader: CheckpointReader
+) -> None:
+    """Run a short forward block by block on zeros, so that a model that cannot be streamed is known before work starts.
+
+    Raises:
+        UnsupportedModelError: with the reason.
+    """
+    _forward(model, structure, binding, _Zeros(reader), probe_inputs(model, tokens=8))
+
+
+def _forward(
+    model: transformers.PreTrainedModel,
+    structure: Structure,
+    binding: Binding,
+    source: _Source,
+    inputs: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    store = ActivationStore(None, Path(tempfile.gettempdir()))
+    sink = _ReadOnly(source)
+    stream = BlockStream(model, structure, binding, source, sink, make_method("magnitude"), Plan(), store)
+    answer = stream.run([], inputs).probe
     assert answer is not None
     return answer
 

@@ -88,13 +88,20 @@ class Server:
         if self.model is None:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             architecture = (config.get("architectures") or [""])[0]
-            if not architecture or architecture.endswith("CausalLM"):
-                stock: Any = transformers.AutoModelForCausalLM
-            else:
+            stock: Any = transformers.AutoModelForCausalLM
+            if not architecture:
+                known = type(transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True))
+                stock = stock if known in stock._model_mapping else transformers.AutoModel
+            elif not architecture.endswith("CausalLM"):
                 stock = getattr(transformers, architecture)
             self.before = resident_bytes()  # torch and transformers are in memory by now, the weights are not
             start = time.perf_counter()
-            model = stock.from_pretrained(self.folder, dtype=self.dtype, local_files_only=True, use_safetensors=True)
+            model, info = stock.from_pretrained(
+                self.folder, dtype=self.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+            for kind in ("missing_keys", "mismatched_keys"):  # the loader only warns, and makes weights up
+                if info[kind]:
+                    raise ValueError(f"{kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
             self.model = model.eval().to(self.device)
             self.seconds = time.perf_counter() - start
         return {

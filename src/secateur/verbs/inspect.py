@@ -10,8 +10,9 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import open_source
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
+from secateur.engine.forward import rehearse
 from secateur.engine.skeleton import build_skeleton
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, UnsupportedModelError
 from secateur.progress import Reporter
 from secateur.result import RESULT_FILE, InspectResult, Matrix, Unprunable
 from secateur.verify import check_shards
@@ -37,6 +38,11 @@ def inspect(model: str | Path, *, reporter: Reporter | None = None) -> InspectRe
         binding = Binding(skeleton, reader.keys)
         if binding.missing:
             raise CheckpointError(f"the checkpoint lacks weights of the model, the first is {binding.missing[0]}")
+        obstacle = None
+        try:
+            rehearse(skeleton, structure, binding, reader)
+        except UnsupportedModelError as error:
+            obstacle = error.message
         parameters = sum(reader.info(key).numel for key in reader.keys)
         reporter.stage("counting zeros", len(reader.keys))
         zeros: dict[str, int] = {}
@@ -66,6 +72,7 @@ def inspect(model: str | Path, *, reporter: Reporter | None = None) -> InspectRe
         sparsity=zero / prunable,
         bytes_disk=size,
         blocks=len(structure.blocks),
+        obstacle=obstacle,
         matrices=matrices,
         unprunable=[Unprunable(name, shape, reason) for name, (shape, reason) in structure.unprunable.items()],
     )

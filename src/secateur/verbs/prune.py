@@ -27,7 +27,7 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
-from secateur.engine.forward import probe_inputs
+from secateur.engine.forward import probe_inputs, rehearse
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink, tensor_digest
 from secateur.engine.skeleton import build_skeleton
@@ -248,6 +248,7 @@ def _prepare(
         )
     structure = find_structure(model)
     plan = make_plan(recipe, structure)
+    rehearse(model, structure, binding, reader)
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
     if method.statistics != "none":
         calibration = load_calibration(recipe, model, source.folder, reporter, data=data, demo=source.kind == "demo")
