@@ -17,11 +17,24 @@ def folder_name(name: str) -> str:
     return name.replace(" ", "-").replace(":", "-")
 
 
-def prune(name: str, out: Path, data: Path, compute_dtype: str = "auto") -> _common.Run:
+def parts(data: Path, count: int, folder: Path) -> list[Path]:
+    """The validation text cut in equal parts, one file each."""
+    text = (data / "wikitext2-valid.txt").read_text(encoding="utf-8")
+    paths = []
+    for index in range(count):
+        paths.append(folder / f"part-{index + 1}.txt")
+        part = text[len(text) * index // count : len(text) * (index + 1) // count]
+        paths[-1].write_text(part, encoding="utf-8")
+    return paths
+
+
+def prune(
+    name: str, out: Path, data: Path, compute_dtype: str = "auto", *, calibration: Path | None = None
+) -> _common.Run:
     """Prune the demo model by the first windows of the validation text; ``name`` is a method, with N:M if it has it."""
     method, _, pattern = name.partition(" ")
     arguments = ["prune", "demo", "-o", str(out), "--method", method, "--overwrite", "--quiet"]
-    arguments += ["--calibration", str(data / "wikitext2-valid.txt"), "--samples", str(SAMPLES)]
+    arguments += ["--calibration", str(calibration or data / "wikitext2-valid.txt"), "--samples", str(SAMPLES)]
     arguments += ["--sequence-length", str(LENGTH), "--compute-dtype", compute_dtype, "--no-verify", "--no-evaluate"]
     return _common.secateur(*arguments, *(["--pattern", pattern] if pattern else ["--sparsity", "0.5"]))
 

@@ -1,15 +1,17 @@
 """What a bfloat16 calibration forward costs in quality, against a float32 one.
 
-Perplexity by the protocol of `quality.py`, whose results are the bfloat16 side (run it first, on a processor that
-multiplies bfloat16 natively); here the same runs are made with a float32 forward.
+The same runs are made with both number formats, each on the first 32 windows of 1,024 tokens of three parts of the
+validation text; perplexity is that of `quality.py`. One run differs from the next by chance as well, so the cost is the
+mean over the parts, with its standard error.
 
-    SECATEUR_DATA=folder python benchmarks/compute.py [--only wanda,sparsegpt]
+    SECATEUR_DATA=folder python benchmarks/compute.py [--only "wanda,sparsegpt,wanda 2:4"] [--parts 3]
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,21 +22,30 @@ import _reference
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="wanda,sparsegpt")
-    methods = parser.parse_args().only.split(",")
+    parser.add_argument("--only", default="wanda,sparsegpt,wanda 2:4")
+    parser.add_argument("--parts", type=int, default=3)
+    options = parser.parse_args()
     data = _common.data_folder()
-    quality = json.loads((_common.RESULTS / "quality.json").read_text(encoding="utf-8"))
-    if not quality["machine"]["avx512_bf16"]:
-        raise SystemExit("quality.json was made without native bfloat16: there is nothing to compare")
-    bfloat16 = {row["method"]: row["perplexity"] for row in quality["rows"]}
+    if not _common.machine()["avx512_bf16"]:
+        raise SystemExit("this processor does not multiply bfloat16 natively: there is nothing to compare")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        for method in methods:
-            out = Path(scratch) / method
-            _reference.prune(method, out, data, "float32")
-            float32 = _reference.quality(str(out), data, questions=False)["perplexity"]
-            change = f"{bfloat16[method] / float32 - 1:+.2%}"
-            rows.append({"method": method, "float32": float32, "bfloat16": bfloat16[method], "change": change})
+        texts = _reference.parts(data, options.parts, Path(scratch))
+        for method in options.only.split(","):
+            found: dict[str, list[float]] = {"float32": [], "bfloat16": []}
+            for text in texts:
+                for dtype, perplexities in found.items():
+                    out = Path(scratch) / "out"
+                    _reference.prune(method, out, data, dtype, calibration=text)
+                    perplexities.append(_reference.quality(str(out), data, questions=False)["perplexity"])
+                    print(method, text.name, dtype, f"{perplexities[-1]:.2f}", flush=True)
+            changes = [math.log(b / f) for f, b in zip(found["float32"], found["bfloat16"], strict=True)]
+            error = statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else math.nan
+            shown = {name: ", ".join(f"{value:.2f}" for value in values) for name, values in found.items()}
+            mean = statistics.mean(changes)
+            rows.append(
+                {"method": method, **shown, "change": f"{math.expm1(mean):+.2%}", "standard error": f"{error:.2%}"}
+            )
     _common.store("compute", " ".join(__doc__.split("\n\n")[1].split()), rows)
 
 
