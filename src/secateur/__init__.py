@@ -14,10 +14,13 @@ if TYPE_CHECKING:
     from secateur.methods.sparsegpt import SparseGPT
     from secateur.methods.wanda import Wanda
     from secateur.recipe import Override, Recipe
+    from secateur.recovery.callback import SparsityCallback
+    from secateur.training import Training
     from secateur.verbs.evaluate import evaluate
     from secateur.verbs.generate import generate
     from secateur.verbs.inspect import inspect
     from secateur.verbs.prune import prune
+    from secateur.verbs.recover import recover
 
     __version__: str
 
@@ -27,11 +30,14 @@ _HOMES = {
     "Random": "secateur.methods.random",
     "Recipe": "secateur.recipe",
     "SparseGPT": "secateur.methods.sparsegpt",
+    "SparsityCallback": "secateur.recovery.callback",
+    "Training": "secateur.training",
     "Wanda": "secateur.methods.wanda",
     "evaluate": "secateur.verbs.evaluate",
     "generate": "secateur.verbs.generate",
     "inspect": "secateur.verbs.inspect",
     "prune": "secateur.verbs.prune",
+    "recover": "secateur.verbs.recover",
 }
 
 __all__ = [
@@ -40,12 +46,15 @@ __all__ = [
     "Random",
     "Recipe",
     "SparseGPT",
+    "SparsityCallback",
+    "Training",
     "Wanda",
     "__version__",
     "evaluate",
     "generate",
     "inspect",
     "prune",
+    "recover",
 ]
 
 

@@ -73,6 +73,17 @@ class EvaluateResult(_Plain):
     tokens_per_second: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
     accuracy_stderr: dict[str, float] = field(default_factory=dict)
+    accuracy_interval: dict[str, list[float]] = field(default_factory=dict)
+    """Lower and upper end at 95 %, like every interval here; of files of labelled texts only."""
+    macro_f1: dict[str, float] = field(default_factory=dict)
+    macro_f1_interval: dict[str, list[float]] = field(default_factory=dict)
+    calibration_error: dict[str, float] = field(default_factory=dict)
+    calibration_error_interval: dict[str, list[float]] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+    """Mean negative log-likelihood of the right class, nats."""
+    rank_correlation: dict[str, float] = field(default_factory=dict)
+    """Of embedding models, under the name of a file of scored pairs or of the model it was compared with."""
+    rank_correlation_interval: dict[str, list[float]] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,6 +133,36 @@ class PruneResult(_Plain):
     protocol: dict[str, Any] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
     matrices: list[PrunedMatrix] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+    """Output shard name -> sha256 of its bytes."""
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass
+class RecoverResult(_Plain):
+    """What `secateur recover` prints, and the bulk of the ``secateur.json`` it writes."""
+
+    out: str
+    source: dict[str, Any]
+    """The dense model at the start of it all, as `prune` recorded it."""
+    student: dict[str, Any]
+    """The pruned model that was trained."""
+    settings: dict[str, Any]
+    sparsity: float
+    seconds: float
+    peak_rss_bytes: int
+    before: Measured
+    after: Measured
+    teacher: Measured | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    """steps, tokens, seconds, tokens_per_second, losses [(step, loss)], held_out_loss before and after, and the gap."""
+    zeros_held: int = 0
+    verified: bool = False
+    verdict: list[str] = field(default_factory=list)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)

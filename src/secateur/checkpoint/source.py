@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a hub id, a .gguf file, or ``demo``. All of them end as a local folder."""
+"""Where a model comes from: a folder, a hub id, a .gguf file, or a demo model. All of them end as a local folder."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from secateur.checkpoint import demo
 from secateur.checkpoint.check import check_model_folder
-from secateur.checkpoint.demo import demo_folder
 from secateur.checkpoint.dtypes import NAMES
 from secateur.checkpoint.gguf import convert_gguf, read_manifest
 from secateur.checkpoint.reader import CheckpointReader
@@ -27,14 +27,17 @@ WANTED = [
     "*.tiktoken",
     "LICENSE*",
 ]
-UNWANTED = ["*.bin", "*.py", "*.pt", "*.pth", "*.pkl", "*.onnx", "*/*", "consolidated*.safetensors"]
+# The parts of a sentence encoder are in folders that begin with a digit (1_Pooling); no other folder is wanted.
+UNWANTED = ["*.bin", "*.py", "*.pt", "*.pth", "*.pkl", "*.onnx", "[!0-9]*/*", "consolidated*.safetensors"]
+DEMOS = " or ".join(f"'{name}'" for name in demo.NAMES)
 
 
 @dataclass(frozen=True)
 class Source:
     """A model that was found and checked. ``folder`` has config.json and safetensors; ``original_bytes`` and
     ``original_format`` describe the weights as they came, before any conversion; ``revision`` is that of the hub.
-    ``kind`` is ``memory`` for a model that a caller passed and that was written to a scratch folder.
+    ``kind`` is ``demo`` for either demo model, and ``memory`` for a model that a caller passed and that was written to
+    a scratch folder.
     """
 
     name: str
@@ -48,7 +51,8 @@ class Source:
 def open_source(model: str | Path, *, reporter: Reporter | None = None) -> Source:
     """Find a model, fetch or convert it when that is needed, and check it.
 
-    ``demo`` is always the demo model; a folder of that name is ``./demo``. A hub id may end in a revision, ``@v1``.
+    ``demo`` and ``demo-encoder`` are always the demo models; a folder of that name is ``./demo``. A hub id may end in a
+    revision, ``@v1``.
 
     Raises:
         SourceError: when it cannot be found, fetched or opened (and what ``check_model_folder`` raises).
@@ -56,8 +60,10 @@ def open_source(model: str | Path, *, reporter: Reporter | None = None) -> Sourc
     reporter = reporter or Reporter()
     text = str(model)
     path = Path(model).expanduser()
-    if text == "demo":
-        return _converted("demo", "demo", demo_folder(reporter=reporter))
+    if text == demo.LANGUAGE_MODEL.name:
+        return _converted(text, "demo", demo.demo_folder(reporter=reporter))
+    if text == demo.ENCODER.name:
+        return _plain(text, "demo", demo.encoder_folder(reporter=reporter), None)
     if text and path.is_dir():
         return _plain(path.resolve().name, "folder", path.resolve(), None)
     if path.is_file():
@@ -72,7 +78,7 @@ def open_source(model: str | Path, *, reporter: Reporter | None = None) -> Sourc
         or text.endswith((".gguf", ".safetensors", ".json"))
     ):
         raise SourceError(
-            f"no such file or folder: {text}", hint="give the folder of a model, a hub id, a .gguf file or 'demo'"
+            f"no such file or folder: {text}", hint=f"give the folder of a model, a hub id, a .gguf file or {DEMOS}"
         )
     return _from_hub(text, reporter)
 
@@ -83,7 +89,7 @@ def _converted(name: str, kind: Literal["gguf", "demo"], folder: Path) -> Source
     return Source(name, kind, folder, manifest["bytes"], manifest["format"])
 
 
-def _plain(name: str, kind: Literal["folder", "hub"], folder: Path, revision: str | None) -> Source:
+def _plain(name: str, kind: Literal["folder", "hub", "demo"], folder: Path, revision: str | None) -> Source:
     check_model_folder(folder)
     sizes: Counter[str] = Counter()
     with CheckpointReader(folder) as reader:
@@ -122,7 +128,7 @@ def _from_hub(text: str, reporter: Reporter) -> Source:
         raise SourceError(f"{name} has no revision '{revision}'", hint="leave it out for the newest") from None
     except HFValidationError:
         raise SourceError(
-            f"no such file or folder: {text}", hint="give a folder, a hub id, a .gguf file or 'demo'"
+            f"no such file or folder: {text}", hint=f"give a folder, a hub id, a .gguf file or {DEMOS}"
         ) from None
     except LocalEntryNotFoundError:
         raise _unreachable(name, "it cannot be reached and the model is not in the local hub cache") from None

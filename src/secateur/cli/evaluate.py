@@ -13,7 +13,9 @@ from secateur.cli.options import Debug, Json, Model, Quiet, RunDevice, RunDtype
 Data = Annotated[
     str,
     typer.Option(
-        "--data", help="Text for perplexity: a text file, a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]], or builtin."
+        "--data",
+        help="Text for perplexity and --against: a text file, a dataset NAME[:CONFIG[:SPLIT[:COLUMN]]], or builtin "
+        "(passed over by models without a language-model head when there is something else to measure).",
     ),
 ]
 SequenceLength = Annotated[
@@ -26,12 +28,22 @@ Files = Annotated[
     typer.Option(
         "--files",
         metavar="FILE",
-        help="JSONL of minimal pairs (good, bad) or multiple choice (goal, sol1, sol2, label); can be given again.",
+        help="JSONL of minimal pairs (good, bad), multiple choice (goal, sol1, sol2, label), texts with labels (text, "
+        "label) for a classifier, or scored pairs (text1, text2, score) for an embedding model; can be given again.",
     ),
 ]
 Tasks = Annotated[
     list[str] | None,
     typer.Option("--tasks", metavar="TASK", help="Task of lm-eval (extra `lm-eval`); can be given again."),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        "--against",
+        metavar="MODEL",
+        help="For embedding models: another one, usually the dense; rank correlation of the similarities of all pairs "
+        "of up to 256 paragraphs of --data.",
+    ),
 ]
 
 
@@ -42,13 +54,14 @@ def evaluate(
     samples: Samples = None,
     files: Files = None,
     tasks: Tasks = None,
+    against: Against = None,
     device: RunDevice = "auto",
     dtype: RunDtype = "auto",
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the quality of a model: perplexity, minimal pairs, multiple choice, public suites."""
+    """Measure the quality of a model: perplexity, minimal pairs, multiple choice, public suites, labels, embeddings."""
     with console.working(quiet=quiet) as reporter:
         from secateur.verbs.evaluate import evaluate as run
 
@@ -59,6 +72,7 @@ def evaluate(
             samples=samples,
             files=tuple(files or ()),
             tasks=tuple(tasks or ()),
+            against=against,
             device=device,
             dtype=dtype,
             reporter=reporter,

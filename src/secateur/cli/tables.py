@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.plugins import Description
-from secateur.result import EvaluateResult, InspectResult, Measured, PruneResult
+from secateur.result import EvaluateResult, InspectResult, Measured, PruneResult, RecoverResult
 
 Column = tuple[str, Measured]
 Row = tuple[str, Callable[[Measured], str | None]]
@@ -95,6 +95,8 @@ def _facts(rows: Sequence[tuple[str, str | None]]) -> Table:
 
 
 T = TypeVar("T")
+Measures = tuple[str, Mapping[str, float], Mapping[str, Sequence[float]], Callable[[float], str | None]]
+"""A title, values and intervals by the name of what they were measured on, and how a value is written."""
 
 
 def _grouped(items: Sequence[T], key: Callable[[T], tuple[str, ...]]) -> dict[tuple[str, ...], list[T]]:
@@ -148,10 +150,19 @@ def inspected(result: InspectResult, *, each: bool) -> RenderableType:
 
 
 def evaluated(result: EvaluateResult) -> RenderableType:
-    """What was measured, each with its standard error, and the protocol that made it."""
+    """What was measured, each with its standard error or 95 % interval, and the protocol that made it."""
 
     def with_error(value: str | None, error: str | None) -> str | None:
         return value if value is None or error is None else f"{value} ± {error}"
+
+    def with_interval(value: str | None, ends: Sequence[float] | None, form: Callable[[float], str | None]) -> str:
+        return f"{value}" if ends is None else f"{value} (95 %: {form(ends[0])} to {form(ends[1])})"
+
+    def share(value: float) -> str | None:
+        return percent(value, 1)
+
+    def decimal(value: float) -> str | None:
+        return number(value, 3)
 
     rows: list[tuple[str, str | None]] = [
         ("model", result.model),
@@ -161,10 +172,46 @@ def evaluated(result: EvaluateResult) -> RenderableType:
         ("tokens/s", number(result.tokens_per_second, 1)),
     ]
     for name, accuracy in result.accuracy.items():
-        error = percent(result.accuracy_stderr.get(name), 1)
-        rows.append((f"accuracy, {name}", with_error(percent(accuracy, 1), error)))
+        error, ends = percent(result.accuracy_stderr.get(name), 1), result.accuracy_interval.get(name)
+        told = with_error(share(accuracy), error) if ends is None else with_interval(share(accuracy), ends, share)
+        rows.append((f"accuracy, {name}", told))
+    measures: tuple[Measures, ...] = (
+        ("macro F1", result.macro_f1, result.macro_f1_interval, share),
+        ("calibration error", result.calibration_error, result.calibration_error_interval, decimal),
+        ("loss, nats", result.loss, {}, decimal),
+        ("rank correlation", result.rank_correlation, result.rank_correlation_interval, decimal),
+    )
+    for title, values, intervals, form in measures:
+        for name, value in values.items():
+            rows.append((f"{title}, {name}", with_interval(form(value), intervals.get(name), form)))
     protocol = [(f"  {key}", str(value)) for key, value in result.protocol.items()]
     return Group(_facts(rows), Text("protocol", style="bold"), _facts(protocol))
+
+
+def recovered(result: RecoverResult) -> RenderableType:
+    """Dense, pruned and recovered side by side, how training went, and the verdict."""
+    columns: list[Column] = [("pruned", result.before), ("recovered", result.after)]
+    if result.teacher is not None:
+        columns.insert(0, ("dense", result.teacher))
+    training = result.training
+    speed = training.get("tokens_per_second")
+    facts = _facts(
+        [
+            ("training tokens", f"{training['tokens']:,}"),
+            ("tokens/s", number(speed, 1)),
+            ("training loss", number(training.get("training_loss"), 4)),
+            ("held-out loss, before", number(training.get("held_out_loss_before"), 4)),
+            ("held-out loss, after", number(training.get("held_out_loss"), 4)),
+            ("generalisation gap", number(training.get("generalisation_gap"), 4)),
+            ("zeros held", f"{result.zeros_held:,}"),
+        ]
+    )
+    verified = "verified" if result.verified else "not verified"
+    end = f"{result.out} ({verified}; {result.seconds:.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory)"
+    return Group(
+        comparison(columns), Text(), facts, Text(), *(Text(sentence) for sentence in result.verdict),
+        Text(end, style="bold"),
+    )  # fmt: skip
 
 
 def plugins(found: Mapping[str, Mapping[str, str]]) -> RenderableType:

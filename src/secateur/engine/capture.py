@@ -19,6 +19,7 @@ from torch import nn
 
 from secateur.engine.activations import Watcher
 from secateur.engine.blocks import Block, MatrixSpec
+from secateur.engine.inputs import output_tensor
 from secateur.errors import UnsupportedModelError
 from secateur.statistics import InputStatistics
 
@@ -61,6 +62,11 @@ class Lane(greenlet):
         self.event: Event | None = None
         self.last_input: tuple[torch.Tensor, int, InputStatistics] | None = None
         """Input of the latest matrix, its version and the statistics it went into: the next matrix may get the same."""
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        """Arguments of the block at whose entry the forward stands."""
+        self.keep_output = False
+        self.output: Any = None
+        """What the latest block gave, when ``keep_output`` is set."""
         self._blocks_left = set(range(blocks))
 
     def _forward(self) -> Finished:
@@ -77,7 +83,7 @@ class Lane(greenlet):
         """Unwind the forward where it stands and free what it holds."""
         if self.gr_frame is not None:  # paused: neither unstarted nor over
             self.throw(GreenletExit)
-        self.last_input = None
+        self.last_input = self.call = None
 
     def entered(self, index: int) -> bool:
         """Note a block; False when it was entered before, which means that blocks share weights."""
@@ -158,15 +164,21 @@ class Capture:
                         f"block {block.name} runs more than once in one forward (shared weights)",
                         hint="models that reuse a block cannot be pruned yet",
                     )
+                lane.call = (args, kwargs)
                 _pause(AtBlock(block.index))
+                lane.call = None
 
         return hook
 
     @staticmethod
     def _leave_block(module: nn.Module, args: Any, output: Any) -> None:
         lane = getcurrent()
-        if isinstance(lane, Lane) and lane.observed and lane.saw_all_blocks:
-            _pause(Finished())  # never resumed: what follows is the head, which calibration does not need
+        if not isinstance(lane, Lane):
+            return
+        if lane.keep_output:
+            lane.output = output_tensor(output)
+        if (lane.observed or lane.keep_output) and lane.saw_all_blocks:
+            _pause(Finished())  # never resumed: what follows is the head, which nobody asked for
 
     def _enter_outside(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

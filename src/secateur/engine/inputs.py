@@ -42,7 +42,9 @@ def batches_of_samples(samples: Iterable[Mapping[str, Any]]) -> list[dict[str, t
 
 
 def output_tensor(output: Any) -> torch.Tensor:
-    """The tensor that stands for a model's answer: logits, or the last hidden state."""
+    """The tensor that stands for the answer of a model or block: logits, or the last hidden state."""
+    if isinstance(output, torch.Tensor):
+        return output
     for name in ("logits", "last_hidden_state"):
         value = getattr(output, name, None)
         if isinstance(value, torch.Tensor):

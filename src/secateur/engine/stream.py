@@ -151,7 +151,7 @@ class BlockStream:
         try:
             if finished is None:
                 matrices = self._prune_block(block, lanes, final)
-                self._write(names, {matrix.name for matrix in matrices}, final)
+                self._write(names, self._changed(block, matrices), final)
                 self.sink.finish(block.index, matrices)
             else:
                 matrices = finished
@@ -198,6 +198,10 @@ class BlockStream:
                 zeros = int((final[name] == 0).sum())
                 reports[name].zeros, reports[name].sparsity = zeros, zeros / spec.size
         return list(reports.values())
+
+    def _changed(self, block: Block, matrices: Sequence[PrunedMatrix]) -> set[str]:
+        """Tensors of a block that are written anew; the others are copied from the source."""
+        return {matrix.name for matrix in matrices}
 
     def output_dtype(self, name: str) -> torch.dtype:
         """Number format in which a tensor of the model is written."""

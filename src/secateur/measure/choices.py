@@ -234,7 +234,8 @@ def _kind(path: Path, line: int, row: dict[str, Any]) -> Kind:
         return "choices"
     raise CalibrationError(
         f"{path}, line {line}: columns {', '.join(row) or '(none)'} are neither pairs nor multiple choice",
-        hint="pairs have good and bad; multiple choice has goal, sol1, sol2 and label",
+        hint="pairs have good and bad; multiple choice has goal, sol1, sol2 and label (evaluate also reads text and "
+        "label, and text1, text2 and score)",
     )
 
 

@@ -34,13 +34,13 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} has no class {name}", hint="a newer transformers may have it"
         )
-    with _no_progress_bar():
+    with quiet_loading():
         model = stock.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     return model.eval().to(where)
 
 
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """Progress is told through a reporter, not by libraries."""
     logging = transformers.utils.logging
     was_on = logging.is_progress_bar_enabled()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secateur.result import RESULT_FILE, Measured, PruneResult
+from secateur.result import RESULT_FILE, Measured, PruneResult, RecoverResult
 
 
 def write_card(folder: Path, result: PruneResult) -> None:
@@ -36,6 +36,40 @@ def write_card(folder: Path, result: PruneResult) -> None:
         f"- verified after writing: {'yes' if result.verified else 'no'}",
         "",
         f"The whole recipe, versions, hashes and the result for every matrix are in `{RESULT_FILE}`.",
+        "",
+    ]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def write_recovery_card(folder: Path, result: RecoverResult) -> None:
+    """The same for a model that was trained after pruning."""
+    training, protocol = result.training, dict(result.protocol)
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [pruned, sparse, secateur]",
+        "---",
+        "",
+        f"# {Path(result.out).name}",
+        "",
+        f"`{result.student['name']}`, a pruned model, trained by [secateur](https://pypi.org/project/secateur/) on "
+        f"{training['tokens']:,} tokens with its {result.zeros_held:,} zeros held: {result.sparsity:.2%} of the "
+        "prunable weights are zero.",
+        "",
+        "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it, secateur is not needed.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        *(f"| {title} | {before} | {after} |" for title, before, after in _rows(result.before, result.after)),
+        "",
+        *(f"- {sentence}" for sentence in result.verdict),
+        "",
+        "## How it was made",
+        "",
+        *_lines(protocol),
+        f"- verified after writing: {'yes' if result.verified else 'no'}",
+        "",
+        f"Settings, losses, versions and hashes are in `{RESULT_FILE}`.",
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

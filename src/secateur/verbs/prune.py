@@ -146,7 +146,7 @@ def prune(
         stack.enter_context(folder)
         try:
             written = _write(job, folder.partial, layout, resume, recorder)
-            peak, seconds = _peak_rss_bytes(), time.monotonic() - started
+            peak, seconds = peak_rss_bytes(), time.monotonic() - started
             verification = _verified(folder.partial, written.expected, recorder) if verify else {}
             sides = measure_sides(
                 source, folder.partial, skeleton=job.model, prunable=_prunable(job), evaluate=evaluate, data=data,
@@ -172,7 +172,7 @@ def prune(
             raise RunError(error.message, hint=f"{error.hint}; finished blocks are kept, --resume goes on") from error
         pruned = PruneResult(
             out="" if in_place else str(out),
-            source=_provenance(model, source, job.source_hash),
+            source=provenance(model, source, job.source_hash),
             recipe=recipe.to_dict() | {"method_options": _options(job.method)},
             sparsity=sides.after.sparsity,
             seconds=seconds,
@@ -190,7 +190,7 @@ def prune(
             verification=verification,
             matrices=written.matrices,
             warnings=recorder.warnings,
-            versions=_versions(),
+            versions=versions(),
             shards=dict(written.expected.shards),
         )
         write_card(folder.partial, pruned)
@@ -309,7 +309,7 @@ def _fingerprint(job: _Job) -> dict[str, Any]:
         "device": str(job.device),
         "compute_dtype": str(job.compute),
         "threads": torch.get_num_threads(),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -351,14 +351,16 @@ def _verified(folder: Path, expected: Expected, reporter: Reporter) -> dict[str,
     return checked
 
 
-def _peak_rss_bytes() -> int:
+def peak_rss_bytes() -> int:
+    """Most memory that this process has had resident."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of everything that may change a bit of a result."""
     from importlib.metadata import version
 
     names = ("torch", "transformers", "safetensors")
@@ -366,7 +368,7 @@ def _versions() -> dict[str, str]:
     return {"secateur": secateur.__version__, "python": python, **{name: version(name) for name in names}}
 
 
-def _provenance(model: Any, source: Source, digest: str) -> dict[str, Any]:
+def provenance(model: Any, source: Source, digest: str) -> dict[str, Any]:
     """Where the weights came from: enough to open the dense model again and to see that it is the same."""
     given = "" if source.kind == "memory" else str(model)
     if source.kind in ("folder", "gguf"):

@@ -10,8 +10,10 @@ from typing import Any
 import psutil
 import transformers
 
+from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
 from secateur.engine.inputs import is_vision
+from secateur.engine.skeleton import build_skeleton
 from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.measure.compare import Ratio, measure_pair
 from secateur.measure.size import measure_size
@@ -20,6 +22,7 @@ from secateur.recipe import Recipe
 from secateur.result import Measured
 from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.evaluate import evaluate as evaluate_model
+from secateur.verbs.evaluate import has_language_head
 from secateur.verbs.verdict import sentences
 
 WINDOWS = 12
@@ -57,11 +60,12 @@ def measure_sides(
     """
     folders = (source.folder, pruned)
     before, after = (_size(folder, prunable) for folder in folders)
+    quantised = source.original_format.startswith("GGUF")
     protocol: dict[str, Any] = {
         "size": f"both sides stored as {after.dtype} safetensors"
         + (
             f"; the source itself came as {source.original_format}, {source.original_bytes:,} bytes"
-            if source.kind in ("gguf", "demo")
+            if quantised
             else ""
         )
     }
@@ -73,7 +77,7 @@ def measure_sides(
         _quality(folders, (before, after), protocol, skeleton, data, files, recipe, demo, reporter)
         ratio = _speed(folders, (before, after), protocol, skeleton, prompt, reporter)
     said = sentences(before, after, ratio)
-    if source.kind in ("gguf", "demo"):
+    if quantised:
         said.append(
             f"Both sides are compared as {after.dtype}: the model came quantised ({source.original_format}, "
             f"{source.original_bytes:,} bytes), and pruning works on the numbers it stands for."
@@ -105,16 +109,21 @@ def _quality(
     reporter: Reporter,
 ) -> None:
     length = None if is_vision(skeleton) else window_length(recipe.sequence_length, skeleton, 1024 if demo else 2048)
+    text = data if not files or has_language_head(skeleton) else None
+    if text is None:
+        reporter.note(f"perplexity was not measured: {type(skeleton).__name__} has no language-model head")
     for folder, side in zip(folders, sides, strict=True):
         try:
             found = evaluate_model(
-                folder, data=data, files=files, sequence_length=length, max_samples=WINDOWS, reporter=reporter
+                folder, data=text, files=files, sequence_length=length, max_samples=WINDOWS, reporter=reporter
             )
         except UnsupportedModelError as error:
             reporter.note(f"quality was not measured: {error.message}")
             return
         side.perplexity, side.nll_per_token, side.accuracy = found.perplexity, found.nll_per_token, found.accuracy
         protocol["quality"] = found.protocol
+        if found.rank_correlation and side is sides[1]:
+            reporter.note("rank correlations are not part of this result: run secateur evaluate on both models")
 
 
 def _speed(
@@ -140,3 +149,39 @@ def _speed(
         side.continuation = measured.continuation
     protocol["speed"] = {**pair.protocol, "prompt": text}
     return pair.decode_ratio
+
+
+def measured_model(
+    folder: Path,
+    prunable: dict[str, int],
+    *,
+    data: str,
+    files: Sequence[str | Path],
+    length: int | None,
+    evaluate: bool,
+    reporter: Reporter,
+) -> tuple[Measured, dict[str, Any]]:
+    """Size of one folder and, with ``evaluate``, its quality; and the protocol of the quality.
+
+    ``prunable`` may name keys that the folder lacks: they do not count.
+    """
+    with CheckpointReader(folder) as reader:
+        known = {key: count for key, count in prunable.items() if key in set(reader.keys)}
+    side = _size(folder, known)
+    skeleton = build_skeleton(folder)
+    language = has_language_head(skeleton)
+    if not evaluate or not (language or files):
+        return side, {}
+    if 2.5 * side.bytes_disk > psutil.virtual_memory().available:
+        reporter.warn("the model does not fit in memory: its quality was not measured")
+        return side, {}
+    try:
+        found = evaluate_model(
+            folder, data=data if language else None, files=files, sequence_length=length, max_samples=WINDOWS,
+            reporter=reporter,
+        )  # fmt: skip
+    except UnsupportedModelError as error:
+        reporter.note(f"quality was not measured: {error.message}")
+        return side, {}
+    side.perplexity, side.nll_per_token, side.accuracy = found.perplexity, found.nll_per_token, found.accuracy
+    return side, found.protocol

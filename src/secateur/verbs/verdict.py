@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from secateur.measure.compare import Ratio
 from secateur.result import Measured
@@ -15,6 +17,31 @@ def sentences(before: Measured, after: Measured, decode: Ratio | None) -> list[s
         said.append(_memory(before.bytes_resident, after.bytes_resident))
     if decode is not None:
         said.append(_speed(decode))
+    return said
+
+
+def recovery_sentences(
+    teacher: Measured | None, before: Measured, after: Measured, training: Mapping[str, Any]
+) -> list[str]:
+    """What training brought, how much of the way to the dense model it is, and whether it generalises."""
+    said = [f"{after.sparsity:.1%} of the prunable weights are zero, as before: every held zero was checked."]
+    said += _quality(before, after)
+    if teacher is not None and None not in (teacher.nll_per_token, before.nll_per_token, after.nll_per_token):
+        assert teacher.nll_per_token is not None
+        assert before.nll_per_token is not None
+        assert after.nll_per_token is not None
+        excess = before.nll_per_token - teacher.nll_per_token
+        if excess > 0.005:
+            gone = (before.nll_per_token - after.nll_per_token) / excess
+            said.append(
+                f"The dense model has perplexity {teacher.perplexity:.2f}: {gone:.0%} of the loss above it is gone."
+            )
+    gap = training.get("generalisation_gap")
+    if gap is not None:
+        said.append(
+            f"On text that was held out the loss is {training['held_out_loss']:.3f} "
+            f"({training['held_out_loss_before']:.3f} before), {gap:+.3f} against text that was trained on."
+        )
     return said
 
 

@@ -1,0 +1,188 @@
+"""Recovery block by block: each pruned block learns to give the dense block's outputs, one block in memory at a time.
+
+Two rows of forwards walk through the model side by side, one with the dense weights and one with those already
+recovered. When both stand at a block, the block is trained so that from the inputs which really arrive it makes what
+the dense model made there: errors of earlier blocks are corrected, not passed on. No graph spans more than one block.
+
+Source: EBFT (arXiv 2402.12419), with three differences: targets come from dense inputs rather than from the pruned
+ones; the error is relative for each token, because a few tokens with huge activations would decide everything else; and
+norms and biases are trained as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from secateur.checkpoint.reader import CheckpointReader
+from secateur.engine.blocks import Block
+from secateur.engine.capture import AtBlock, Lane
+from secateur.engine.inputs import output_tensor
+from secateur.engine.skeleton import drop_tensor, set_tensor
+from secateur.engine.stream import BlockStream, Inputs, StreamResult
+from secateur.errors import RunError
+from secateur.recovery.zeros import HeldZeros
+from secateur.result import PrunedMatrix
+
+
+@dataclass(frozen=True)
+class BlockTraining:
+    """How each block is trained."""
+
+    epochs: int = 4
+    learning_rate: float = 2e-4
+    batches: int = 2
+    """Calibration batches in an optimiser step."""
+    weight_decay: float = 0.0
+
+
+@dataclass
+class BlockRecovery(BlockStream):
+    """A stream whose blocks are trained instead of pruned. ``plan`` stays empty."""
+
+    teacher: CheckpointReader | None = None
+    training: BlockTraining = field(default_factory=BlockTraining)
+    losses: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Block index -> mean relative squared error before and after its training."""
+
+    def run(self, batches: Sequence[Inputs], probe: Inputs | None = None) -> StreamResult:
+        self._dense = [self._lane(batch, observed=False) for batch in batches]
+        try:
+            return super().run(batches, probe)
+        finally:
+            for lane in self._dense:
+                lane.stop()
+
+    def _block(self, block: Block, lanes: list[Lane], prober: Lane | None) -> list[PrunedMatrix]:
+        self._targets = self._dense_outputs(block)
+        try:
+            return super()._block(block, lanes, prober)
+        finally:
+            self._targets = []
+
+    def _dense_outputs(self, block: Block) -> list[torch.Tensor]:
+        """Take the dense forwards through a block; what it gave each of them."""
+        assert self.teacher is not None
+        ours, self.source = self.source, self.teacher
+        names = [name for name in block.tensors if self.binding.bound(name)]
+        try:
+            for lane in self._dense:
+                if lane.event is None:  # from the start of the model to its first block
+                    self._advance(lane)
+            self._release_outside()
+            here = [lane for lane in self._dense if lane.event == AtBlock(block.index)]
+            if here:
+                self._install(block, self.binding.load(names, self.teacher), self.compute_dtype)
+            outputs = []
+            for lane in here:
+                lane.keep_output = True
+                self._advance(lane)
+                outputs.append(lane.output)
+                lane.keep_output, lane.output = False, None
+            return outputs
+        finally:
+            self._release_outside()
+            self.source = ours
+            for name in names:
+                drop_tensor(self.model, name)
+
+    def _prune_block(self, block: Block, lanes: list[Lane], final: dict[str, torch.Tensor]) -> list[PrunedMatrix]:
+        held = HeldZeros.of({matrix.name: final[matrix.name] for matrix in block.matrices})
+        if lanes:
+            self._train(block, lanes, final, held)
+            self._install(block, final, self.compute_dtype)
+            for lane in lanes:
+                self._pass(lane)
+        reports = []
+        for matrix in block.matrices:
+            zeros = int((final[matrix.name] == 0).sum())
+            reports.append(PrunedMatrix(matrix.name, matrix.shape, zeros, zeros / matrix.size))
+        if reports and block.index in self.losses:
+            reports[-1].loss = self.losses[block.index][1]
+        return reports
+
+    def _changed(self, block: Block, matrices: Sequence[PrunedMatrix]) -> set[str]:
+        return set(block.tensors)
+
+    def _train(self, block: Block, lanes: list[Lane], final: dict[str, torch.Tensor], held: HeldZeros) -> None:
+        module = self.model.get_submodule(block.name)
+        buffers = {f"{block.name}.{name}" for name, _ in module.named_buffers()}
+        for name, tensor in final.items():
+            set_tensor(self.model, name, _master(tensor, self.device))
+        trained = [name for name, tensor in final.items() if tensor.is_floating_point() and name not in buffers]
+        parameters = [self.model.get_parameter(name).requires_grad_() for name in trained]
+        options = self.training
+        optimizer = torch.optim.AdamW(
+            parameters, lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay
+        )
+        handles = held.watch_gradients(self.model)
+        per_epoch = math.ceil(len(lanes) / options.batches)
+        total, step = options.epochs * per_epoch, 0
+        errors: list[float] = []
+        generator = torch.Generator().manual_seed(_seed(self.seed, block.name))
+        try:
+            for _ in range(options.epochs):
+                order = torch.randperm(len(lanes), generator=generator).tolist()
+                losses = []
+                for start in range(0, len(order), options.batches):
+                    chosen = order[start : start + options.batches]
+                    for index in chosen:
+                        with torch.enable_grad():
+                            loss = self._error(module, lanes[index], self._targets[index])
+                            (loss / len(chosen)).backward()
+                        self.store.park(lanes[index].watcher)
+                        losses.append(float(loss))
+                    if not math.isfinite(sum(losses)):
+                        raise RunError(
+                            f"the loss of {block.name} is not finite",
+                            hint="start again with a smaller --learning-rate",
+                        )
+                    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                    optimizer.param_groups[0]["lr"] = options.learning_rate * _decay(step, total)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    held.clear_weights(self.model)
+                    step += 1
+                errors.append(sum(losses) / len(losses))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.losses[block.index] = (errors[0], errors[-1])
+        for name in trained:
+            made = self.model.get_parameter(name).detach().cpu().to(self.output_dtype(name))
+            if not torch.isfinite(made).all():
+                raise RunError(f"{name} does not fit {made.dtype} any more", hint="use a smaller --learning-rate")
+            final[name] = made
+
+    def _error(self, module: nn.Module, lane: Lane, target: torch.Tensor) -> torch.Tensor:
+        """Mean over tokens of |output - target|² / |target|²."""
+        self.store.unpark(lane.watcher)
+        assert lane.call is not None
+        args, kwargs = lane.call
+        kind = self.device.type
+        with torch.autocast(kind, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            output = output_tensor(module(*args, **kwargs))
+        error = (output.float() - target.float()).square().sum(-1)
+        loss = (error / target.float().square().sum(-1).clamp_min(1e-6)).mean()
+        return loss
+
+
+def _master(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What the optimiser works on: float32, whatever the file holds."""
+    return tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _decay(step: int, total: int) -> float:
+    """Linear warm-up over a tenth of the steps, then linear decay to zero."""
+    warm = max(1, total // 10)
+    return min((step + 1) / warm, (total - step) / max(total - warm, 1), 1.0)
+
+
+def _seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1

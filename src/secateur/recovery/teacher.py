@@ -1,0 +1,114 @@
+"""What the dense model says about the training text, kept on disk, so that it need not be in memory beside the student.
+
+For each token the k most likely next tokens and the logarithms of their probabilities: 6 bytes for each of the k
+(4 with a vocabulary below 65,536). A cache is found by its content: the teacher's weights, the tokens, k and how it was
+computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from secateur.checkpoint.cache import build_once, cache_folder
+from secateur.progress import Reporter
+
+_POSITIONS = 256
+"""Positions whose log-softmax is in float32 at one time."""
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """The cache of one text: row ``i`` belongs to window ``i``."""
+
+    ids: Any
+    """(windows, tokens, k) integers, mapped from disk."""
+    log_probabilities: Any
+    """(windows, tokens, k) float16, mapped from disk."""
+
+    def __getitem__(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classes (tokens, k) int64 and their log-probabilities (tokens, k) float32 of one window."""
+        ids = torch.from_numpy(np.array(self.ids[window], dtype=np.int64))
+        return ids, torch.from_numpy(np.array(self.log_probabilities[window], dtype=np.float32))
+
+
+@torch.no_grad()
+def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most likely classes of each row and their log-probabilities.
+
+    Args:
+        logits: (..., classes).
+
+    Returns:
+        ids (..., k) int64 and log-probabilities (..., k) float32; k is cut down to the number of classes.
+    """
+    k = min(k, logits.shape[-1])
+    flat = logits.reshape(-1, logits.shape[-1])
+    found = []
+    for rows in flat.split(_POSITIONS):
+        values, ids = rows.topk(k, dim=-1)
+        found.append((ids, values.float() - rows.float().logsumexp(-1, keepdim=True)))
+    shape = (*logits.shape[:-1], k)
+    return torch.cat([i for i, _ in found]).reshape(shape), torch.cat([v for _, v in found]).reshape(shape)
+
+
+def cache_key(teacher_sha256: str, windows: torch.Tensor, k: int, dtype: torch.dtype) -> str:
+    """Name of a cache: equal when, and only when, everything that decides its content is equal."""
+    tokens = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
+    parts = ["1", teacher_sha256, tokens, str(tuple(windows.shape)), str(k), str(dtype)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def cached_folder(key: str) -> Path:
+    """Where a cache of this name is, or would be."""
+    return cache_folder() / "teachers" / key
+
+
+def open_cache(key: str) -> TeacherLogits:
+    """Open a cache that is there."""
+    folder = cached_folder(key)
+    arrays = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in ("ids.npy", "log.npy")]
+    return TeacherLogits(*arrays)
+
+
+def build_cache(
+    key: str, teacher: Any, windows: torch.Tensor, k: int, *, dtype: torch.dtype, reporter: Reporter
+) -> TeacherLogits:
+    """Run the teacher over all windows and keep what it says.
+
+    Args:
+        teacher: a model with next-token logits, in eval mode.
+        windows: (count, length) int64.
+        dtype: number format of the teacher's forward.
+
+    Raises:
+        OutputError: when the cache cannot be written.
+    """
+    count, length = windows.shape
+    classes = teacher.config.get_text_config().vocab_size
+    k = min(k, classes)
+    small = classes <= 1 << 16
+
+    def build(folder: Path) -> None:
+        shape = (count, length, k)
+        ids = np.lib.format.open_memmap(folder / "ids.npy", "w+", dtype=np.uint16 if small else np.int32, shape=shape)
+        log = np.lib.format.open_memmap(folder / "log.npy", "w+", dtype=np.float16, shape=shape)
+        device = next(teacher.parameters()).device
+        reporter.stage("asking the teacher", count)
+        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            for index, window in enumerate(windows):
+                logits = teacher(input_ids=window[None].to(device), use_cache=False).logits[0]
+                best, values = top_logits(logits, k)
+                ids[index] = best.cpu().numpy()
+                log[index] = values.cpu().numpy()
+                reporter.advance()
+        ids.flush()
+        log.flush()
+
+    build_once(cached_folder(key), build)
+    return open_cache(key)

@@ -1,0 +1,101 @@
+"""The settings of a recovery run: flags of the command line = arguments of the Python call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from secateur.errors import UnknownNameError, UsageError
+
+MODES = ("full", "lora", "norms-and-biases", "blocks")
+LOSSES = ("auto", "lm", "kd", "kd+hidden", "labels", "features")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How quality is trained back. A field left at None takes its default when the model and the data are known."""
+
+    data: str = "builtin"
+    """Text to train on: a text file, JSONL with `text` (and `label`), a dataset NAME[:CONFIG[:SPLIT]], or builtin."""
+    mode: str = "full"
+    """What is trained: full (all weights), lora, norms-and-biases, or blocks (one after the other, no whole graph)."""
+    loss: str = "auto"
+    """lm, kd (the teacher's logits), kd+hidden, labels, or features; auto takes what suits the model."""
+    teacher: str | None = None
+    """The dense model to learn from; the source that secateur.json names is taken when this is left out."""
+    tokens: int | None = None
+    """Budget in training tokens (once through the data)."""
+    minutes: float | None = None
+    """Budget in minutes of training, turned into steps by a measurement before it starts."""
+    learning_rate: float | None = None
+    """Peak learning rate (full 1.5e-4, lora 1e-3, norms-and-biases 1e-3, blocks 2e-4)."""
+    batch_size: int | None = None
+    """Sequences in an optimiser step (2; 16 for labelled texts)."""
+    sequence_length: int | None = None
+    """Tokens in a training window (1024, never more than the model's)."""
+    rank: int = 16
+    """Rank of the adapters of --mode lora."""
+    top_k: int = 64
+    """Logits of the teacher that are kept for each token; the others count as one."""
+    epochs: int | None = None
+    """Times through the training windows for --mode blocks (4)."""
+    held_out: float = 0.05
+    """Share of the data that is not trained on and measures generalisation."""
+    gradient_checkpointing: str = "auto"
+    """on, off, or auto: on for lora and norms-and-biases, the modes that save memory."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints that --resume can go on from."""
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of transformers.TrainingArguments, as KEY=VALUE: schedulers, logging, accelerate and FSDP settings."""
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """cpu, cuda, mps ...; auto takes an accelerator when there is one."""
+    compute_dtype: str = "auto"
+    """Number format of forward and backward: auto, float32, bfloat16. Weights and optimiser stay float32."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("mode", self.mode, MODES), ("loss", self.loss, LOSSES)):
+            if value not in known:
+                raise UnknownNameError(name, value, known)
+        if self.gradient_checkpointing not in ("auto", "on", "off"):
+            raise UsageError(
+                f"gradient_checkpointing is '{self.gradient_checkpointing}'", hint="it must be auto, on or off"
+            )
+        if self.compute_dtype not in ("auto", "float32", "bfloat16"):
+            raise UsageError(f"compute_dtype is '{self.compute_dtype}'", hint="use auto, float32 or bfloat16")
+        for name in ("tokens", "batch_size", "rank", "top_k", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}", hint="it must be at least 1")
+        for name in ("minutes", "learning_rate", "save_minutes"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value}", hint="it must be more than 0")
+        if not 0 <= self.held_out < 1:
+            raise UsageError(f"held_out is {self.held_out}", hint="it is a share, at least 0 and less than 1")
+        if self.tokens is not None and self.minutes is not None:
+            raise UsageError("both tokens and minutes are given", hint="give one budget")
+        if self.mode == "blocks" and self.minutes is not None:
+            raise UsageError("--mode blocks has no budget in minutes", hint="give --tokens")
+        if self.mode == "blocks" and self.loss != "auto":
+            raise UsageError("--mode blocks has a loss of its own", hint="leave --loss out")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON; `from_dict` reads it back."""
+        return dataclasses.asdict(self) | {"trainer": dict(self.trainer)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Training:
+        """Build settings from plain data; what was not given is simply absent.
+
+        Raises:
+            UnknownNameError: for an unknown key.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        for key in data:
+            if key not in known:
+                raise UnknownNameError("setting of recover", key, known)
+        return cls(**data)

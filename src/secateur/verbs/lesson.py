@@ -1,0 +1,275 @@
+"""What a recovery run will do, decided and checked before anything is written: task, data, teacher, budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+from secateur.checkpoint.check import check_model_folder, hash_folder
+from secateur.checkpoint.source import Source, open_source
+from secateur.corpus.labelled import Labelled, first_columns, read_labelled
+from secateur.corpus.load import load_text
+from secateur.corpus.windows import windows
+from secateur.engine.skeleton import build_skeleton
+from secateur.errors import CalibrationError, SourceError, UnsupportedModelError, UsageError
+from secateur.measure.embeddings import check_encoder
+from secateur.measure.texts import tokenise
+from secateur.progress import Reporter
+from secateur.recovery.data import Split, split, steps_for
+from secateur.training import Training
+from secateur.verbs.calibration import load_tokenizer, window_length
+
+Task = Literal["language", "labels", "features"]
+
+RATES = {"full": 1.5e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 2e-4}
+LABEL_RATES = {"full": 3e-5, "lora": 3e-4, "norms-and-biases": 1e-3}
+EPOCHS = 4
+BLOCK_WINDOWS = 64
+"""Windows for --mode blocks when no budget is given."""
+LABEL_EPOCHS = 3
+TEXT_TOKENS = 128
+"""The most tokens of a labelled text or of a text to embed."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The dense model to learn from."""
+
+    source: Source
+    sha256: str
+
+
+@dataclass
+class Lesson:
+    """Everything that training needs, checked. ``windows`` for running text, ``tokens`` for single texts."""
+
+    settings: Training
+    task: Task
+    loss: str
+    tokenizer: Any
+    length: int
+    batch_size: int
+    learning_rate: float
+    split: Split
+    dense: bool
+    digest: str
+    teacher: Teacher | None = None
+    windows: torch.Tensor | None = None
+    tokens: list[list[int]] | None = None
+    labels: list[int] | None = None
+    label_names: list[str] = field(default_factory=list)
+    steps: int | None = None
+    """Optimiser steps; None when the budget is in minutes."""
+    epochs: int = 1
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimiser step; for single texts, of an average one."""
+        if self.tokens is None:
+            return self.batch_size * self.length
+        mean = sum(map(len, self.tokens)) / len(self.tokens)
+        return max(1, round(self.batch_size * mean))
+
+
+def plan_lesson(
+    settings: Training,
+    source: Source,
+    skeleton: transformers.PreTrainedModel,
+    result: Mapping[str, Any],
+    dense: bool,
+    reporter: Reporter,
+) -> Lesson:
+    """Decide what is trained on what.
+
+    Args:
+        skeleton: the pruned model without weights.
+        result: what ``secateur.json`` beside the pruned model says, empty when there is none.
+
+    Raises:
+        UsageError: settings that do not suit the model or each other, a budget that allows no step, no teacher known.
+        CalibrationError: data that is missing, malformed, or too little.
+        SourceError: a teacher that cannot be opened, or has another vocabulary.
+    """
+    labelled = _labelled(settings, skeleton)
+    task = _task(settings, skeleton, labelled)
+    tokenizer = load_tokenizer(source.folder)
+    known = settings.teacher is not None or bool(result.get("source"))
+    loss = _loss(settings, task, known, reporter)
+    needs_teacher = settings.mode == "blocks" or loss in ("kd", "kd+hidden", "features")
+    teacher = _teacher(settings, result, skeleton, tokenizer, reporter) if needs_teacher else None
+    rates = LABEL_RATES if task == "labels" else RATES
+    lesson = Lesson(
+        settings=settings, task=task, loss=loss, tokenizer=tokenizer, length=0, batch_size=0,
+        learning_rate=settings.learning_rate or rates[settings.mode], split=Split([], []), dense=dense, digest="",
+        teacher=teacher,
+    )  # fmt: skip
+    if task == "language":
+        _running_text(lesson, skeleton)
+    else:
+        _single_texts(lesson, source, skeleton, labelled)
+    lesson.protocol |= {
+        "loss": "relative error of block outputs" if settings.mode == "blocks" else loss,
+        "mode": settings.mode,
+        "learning_rate": lesson.learning_rate,
+        "batch_size": lesson.batch_size,
+        "held_out": f"{len(lesson.split.held_out)} of {len(lesson.split.held_out) + len(lesson.split.train)} examples",
+        "teacher": teacher.source.name if teacher else "none",
+    }
+    return lesson
+
+
+def _labelled(settings: Training, skeleton: transformers.PreTrainedModel) -> Labelled | None:
+    """The data as labelled texts, when its first row has a label or the loss asks for one."""
+    path = Path(settings.data).expanduser()
+    wanted = settings.loss == "labels" or (settings.loss in ("auto", "kd") and _is_classifier(skeleton))
+    if not wanted:
+        rows = path.suffix == ".jsonl" and path.is_file() and settings.loss == "auto"
+        if not rows or "label" not in first_columns(path):
+            return None
+    if settings.data == "builtin":
+        raise CalibrationError("the built-in text has no labels", hint="give a JSONL of `text`, `label` with --data")
+    labels = skeleton.config.id2label if _is_classifier(skeleton) else None
+    return read_labelled(path, labels=labels)
+
+
+def _is_classifier(skeleton: transformers.PreTrainedModel) -> bool:
+    return type(skeleton).__name__.endswith("ForSequenceClassification")
+
+
+def _task(settings: Training, skeleton: transformers.PreTrainedModel, labelled: Labelled | None) -> Task:
+    name = type(skeleton).__name__
+    if skeleton.main_input_name != "input_ids":
+        raise UnsupportedModelError(f"{name} reads {skeleton.main_input_name}: only text models can be recovered yet")
+    if labelled is not None:
+        if settings.mode != "blocks":
+            return "labels"
+        raise UsageError("--mode blocks learns from running text, not from labels", hint="give a text with --data")
+    if settings.mode == "blocks" or name.endswith(("ForCausalLM", "LMHeadModel")):
+        if skeleton.config.is_encoder_decoder:
+            raise UnsupportedModelError(f"{name} is an encoder-decoder: these cannot be recovered yet")
+        return "language"
+    check_encoder(skeleton, "recover without labels")
+    return "features"
+
+
+def _loss(settings: Training, task: Task, teacher_known: bool, reporter: Reporter) -> str:
+    allowed: dict[Task, Sequence[str]] = {
+        "language": ("kd", "lm", "kd+hidden"),
+        "labels": ("labels", "kd"),
+        "features": ("features",),
+    }
+    if settings.loss == "auto":
+        if task == "language" and not teacher_known and settings.mode != "blocks":
+            reporter.warn("no teacher is known: training on the text alone (--loss lm); name one with --teacher")
+            return "lm"
+        return allowed[task][0]
+    if settings.loss not in allowed[task]:
+        what = {"language": "a language model on text", "labels": "a classifier", "features": "an encoder"}[task]
+        raise UsageError(
+            f"--loss {settings.loss} does not suit {what}", hint=f"use {' or '.join(allowed[task])}, or leave it out"
+        )
+    return settings.loss
+
+
+def _teacher(
+    settings: Training, result: Mapping[str, Any], skeleton: transformers.PreTrainedModel, tokenizer: Any,
+    reporter: Reporter,
+) -> Teacher:  # fmt: skip
+    recorded = result.get("source") or {}
+    name = settings.teacher or recorded.get("model")
+    if not name:
+        raise UsageError(
+            "no teacher is known: the folder has no secateur.json that names its source",
+            hint="give the dense model with --teacher, or use --loss lm",
+        )
+    revision = recorded.get("revision") if settings.teacher is None and recorded.get("kind") == "hub" else None
+    try:
+        source = open_source(f"{name}@{revision}" if revision and "@" not in name else name, reporter=reporter)
+    except SourceError as error:
+        raise SourceError(f"teacher: {error.message}", hint=error.hint or "give another with --teacher") from error
+    check_model_folder(source.folder)
+    digest = hash_folder(source.folder)
+    if settings.teacher is None and recorded.get("sha256") not in (None, digest):
+        raise SourceError(
+            f"the teacher {name} is not the model any more that was pruned: its weights differ",
+            hint="name the dense model with --teacher if this is it",
+        )
+    dense = build_skeleton(source.folder)
+    sizes = [model.config.get_text_config().vocab_size for model in (dense, skeleton)]
+    if sizes[0] != sizes[1]:
+        raise SourceError(
+            f"the teacher {name} has a vocabulary of {sizes[0]:,}, the model one of {sizes[1]:,}",
+            hint="a teacher must be of the same family, with the same tokenizer",
+        )
+    if load_tokenizer(source.folder).get_vocab() != tokenizer.get_vocab():
+        raise SourceError(
+            f"the teacher {name} has another tokenizer: the same numbers mean other tokens",
+            hint="a teacher must be of the same family, with the same tokenizer",
+        )
+    if settings.loss == "kd" and _is_classifier(skeleton) and dense.config.num_labels != skeleton.config.num_labels:
+        raise SourceError(f"the teacher {name} has {dense.config.num_labels} labels, not {skeleton.config.num_labels}")
+    if settings.mode == "blocks" and type(dense) is not type(skeleton):
+        raise SourceError(f"the teacher is a {type(dense).__name__}, the model a {type(skeleton).__name__}")
+    return Teacher(source, digest)
+
+
+def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> None:
+    settings = lesson.settings
+    lesson.length = window_length(settings.sequence_length, skeleton, 1024)
+    lesson.batch_size = settings.batch_size or 2
+    text = load_text(settings.data, "calibration")
+    cut = windows(text.text, lesson.tokenizer, lesson.length)
+    if int(cut.max()) >= skeleton.config.get_text_config().vocab_size:
+        raise CalibrationError(f"the tokenizer makes token {int(cut.max())}, which the model does not know")
+    lesson.windows = cut
+    lesson.split = split(len(cut), settings.held_out, shuffle=False, seed=settings.seed)
+    lesson.digest = hashlib.sha256(cut.numpy().tobytes()).hexdigest()
+    lesson.protocol["data"] = f"{text.origin}; {len(cut)} windows of {lesson.length} tokens"
+    available = len(lesson.split.train)
+    if settings.mode == "blocks":
+        lesson.epochs = settings.epochs or EPOCHS
+        count = min(available, BLOCK_WINDOWS)
+        if settings.tokens is not None:
+            count = min(available, steps_for(settings.tokens, lesson.epochs, lesson.length))
+        lesson.split = Split(lesson.split.train[:count], lesson.split.held_out)
+        lesson.steps = 0
+    elif settings.minutes is None:
+        budget = settings.tokens or max(available, lesson.batch_size) * lesson.length
+        lesson.steps = steps_for(budget, lesson.batch_size, lesson.length)
+
+
+def _single_texts(
+    lesson: Lesson, source: Source, skeleton: transformers.PreTrainedModel, labelled: Labelled | None
+) -> None:
+    settings = lesson.settings
+    if labelled is not None:
+        texts, origin = labelled.texts, labelled.name
+        lesson.labels, lesson.label_names = labelled.labels, labelled.names
+    else:
+        text = load_text(settings.data, "calibration")
+        texts, origin = [part for part in text.text.split("\n\n") if len(part.split()) > 3], text.origin
+        if not texts:
+            raise CalibrationError(f"{text.origin} has no paragraph of four words or more")
+    lesson.length = settings.sequence_length or TEXT_TOKENS
+    lesson.batch_size = settings.batch_size or (16 if labelled is not None else 32)
+    made = tokenise(skeleton, lesson.tokenizer, texts, limit=lesson.length, name=origin)
+    lesson.tokens = made.sequences
+    lesson.split = split(len(texts), settings.held_out, shuffle=True, seed=settings.seed)
+    told = json.dumps([made.sequences, lesson.labels]).encode()
+    lesson.digest = hashlib.sha256(told).hexdigest()
+    lesson.protocol["data"] = f"{origin}; {len(texts)} texts; {made.told}"
+    if settings.minutes is None:
+        per_epoch = max(1, len(lesson.split.train) // lesson.batch_size)
+        lesson.steps = LABEL_EPOCHS * per_epoch if labelled is not None else per_epoch
+        if settings.epochs is not None:
+            lesson.steps = settings.epochs * per_epoch
+        if settings.tokens is not None:
+            lesson.steps = steps_for(settings.tokens, 1, lesson.tokens_per_step)
