@@ -148,9 +148,11 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "method details": lambda: plugin_details("methods", "method"),
         "allocation details": lambda: plugin_details("allocation", "allocation"),
     },
+    "docs/training.md": {"schedule details": lambda: plugin_details("schedules", "schedule")},
     "docs/cli.md": {"commands": command_reference},
     "docs/results.md": {
-        name: functools.partial(results, name) for name in ("quality", "compute", "speed", "memory", "startup")
+        name: functools.partial(results, name)
+        for name in ("quality", "compute", "speed", "memory", "recovery", "generalisation", "step_cost", "startup")
     },
     "CONTRIBUTING.md": {"layout": layout},
 }

@@ -38,7 +38,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help="A folder, a hub id, a .gguf file, or `demo` (a real model of 135 M parameters).",
+        help="A folder, a hub id, a .gguf file, `demo` (a real model of 135 M parameters) or `demo-encoder` (22 M).",
     ),
 ]
 Device = Annotated[str | None, recipe_option("device", panel=MACHINE_PANEL)]

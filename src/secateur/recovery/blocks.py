@@ -103,7 +103,8 @@ class BlockRecovery(BlockStream):
             zeros = int((final[matrix.name] == 0).sum())
             reports.append(PrunedMatrix(matrix.name, matrix.shape, zeros, zeros / matrix.size))
         if reports and block.index in self.losses:
-            reports[-1].loss = self.losses[block.index][1]
+            before, reports[-1].loss = self.losses[block.index]
+            reports[-1].notes.append(repr(before))  # into the ledger, for the report of a resumed run
         return reports
 
     def _changed(self, block: Block, matrices: Sequence[PrunedMatrix]) -> set[str]:
@@ -168,8 +169,7 @@ class BlockRecovery(BlockStream):
         with torch.autocast(kind, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             output = output_tensor(module(*args, **kwargs))
         error = (output.float() - target.float()).square().sum(-1)
-        loss = (error / target.float().square().sum(-1).clamp_min(1e-6)).mean()
-        return loss
+        return (error / target.float().square().sum(-1).clamp_min(1e-6)).mean()
 
 
 def _master(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -9,6 +9,7 @@ the price of one product BA for each layer and direction. Source: SQFT/SparsePEF
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,7 +145,8 @@ def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor
         r=rank, lora_alpha=2 * rank, target_modules=list(layers), bias="none", fan_in_fan_out=turned == {True}
     )
     config._register_custom_module({nn.Linear: MaskedLora, Conv1D: MaskedLora})
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, config)
     for path, pruned in layers.items():

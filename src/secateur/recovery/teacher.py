@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from secateur.checkpoint.cache import build_once, cache_folder
+from secateur.errors import OutputError
 from secateur.progress import Reporter
 
 _POSITIONS = 256
@@ -70,9 +71,21 @@ def cached_folder(key: str) -> Path:
 
 
 def open_cache(key: str) -> TeacherLogits:
-    """Open a cache that is there."""
+    """Open a cache that is there.
+
+    Raises:
+        OutputError: when its files are damaged or gone.
+    """
     folder = cached_folder(key)
-    arrays = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in ("ids.npy", "log.npy")]
+    try:
+        arrays = [np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in ("ids.npy", "log.npy")]
+        if any(array.ndim != 3 for array in arrays) or arrays[0].shape != arrays[1].shape:
+            raise ValueError("its two files do not fit together")
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise OutputError(
+            f"the teacher's logits in {folder} are damaged: {reason}", hint="remove this folder, they are made again"
+        ) from error
     return TeacherLogits(*arrays)
 
 

@@ -144,7 +144,7 @@ def training_arguments(
 
     Raises:
         UnknownNameError: for a name that TrainingArguments does not have.
-        UsageError: for a value that it refuses.
+        UsageError: for a value that it refuses, or a step of another number of sequences than ``batch``.
     """
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -189,6 +189,13 @@ def training_arguments(
     except (SystemExit, ValueError, TypeError, ImportError) as error:
         reason = (told.getvalue().strip().splitlines() or [str(error)])[-1]
         raise UsageError(f"--trainer: {reason}", hint="see transformers.TrainingArguments") from None
+    each, times = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    if each * times != batch:
+        raise UsageError(
+            f"--trainer: per_device_train_batch_size {each} x gradient_accumulation_steps {times} is not the batch "
+            f"size of {batch}",
+            hint="give both so that their product is --batch-size",
+        )
     return arguments
 
 

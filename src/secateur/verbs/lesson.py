@@ -104,7 +104,7 @@ def plan_lesson(
     known = settings.teacher is not None or bool(result.get("source"))
     loss = _loss(settings, task, known, reporter)
     needs_teacher = settings.mode == "blocks" or loss in ("kd", "kd+hidden", "features")
-    teacher = _teacher(settings, result, skeleton, tokenizer, reporter) if needs_teacher else None
+    teacher = _teacher(settings, loss, result, skeleton, tokenizer, reporter) if needs_teacher else None
     rates = LABEL_RATES if task == "labels" else RATES
     lesson = Lesson(
         settings=settings, task=task, loss=loss, tokenizer=tokenizer, length=0, batch_size=0,
@@ -129,7 +129,7 @@ def plan_lesson(
 def _labelled(settings: Training, skeleton: transformers.PreTrainedModel) -> Labelled | None:
     """The data as labelled texts, when its first row has a label or the loss asks for one."""
     path = Path(settings.data).expanduser()
-    wanted = settings.loss == "labels" or (settings.loss in ("auto", "kd") and _is_classifier(skeleton))
+    wanted = settings.loss == "labels" or (settings.loss != "features" and _is_classifier(skeleton))
     if not wanted:
         rows = path.suffix == ".jsonl" and path.is_file() and settings.loss == "auto"
         if not rows or "label" not in first_columns(path):
@@ -147,14 +147,20 @@ def _is_classifier(skeleton: transformers.PreTrainedModel) -> bool:
 def _task(settings: Training, skeleton: transformers.PreTrainedModel, labelled: Labelled | None) -> Task:
     name = type(skeleton).__name__
     if skeleton.main_input_name != "input_ids":
-        raise UnsupportedModelError(f"{name} reads {skeleton.main_input_name}: only text models can be recovered yet")
+        raise UnsupportedModelError(
+            f"{name} reads {skeleton.main_input_name}: only text models can be recovered yet",
+            hint="secateur prune needs no training: choose a method that keeps more of the quality, or less sparsity",
+        )
     if labelled is not None:
         if settings.mode != "blocks":
             return "labels"
         raise UsageError("--mode blocks learns from running text, not from labels", hint="give a text with --data")
     if settings.mode == "blocks" or name.endswith(("ForCausalLM", "LMHeadModel")):
         if skeleton.config.is_encoder_decoder:
-            raise UnsupportedModelError(f"{name} is an encoder-decoder: these cannot be recovered yet")
+            raise UnsupportedModelError(
+                f"{name} is an encoder-decoder: these cannot be recovered yet",
+                hint="models that generate text or encode it can be",
+            )
         return "language"
     check_encoder(skeleton, "recover without labels")
     return "features"
@@ -180,7 +186,7 @@ def _loss(settings: Training, task: Task, teacher_known: bool, reporter: Reporte
 
 
 def _teacher(
-    settings: Training, result: Mapping[str, Any], skeleton: transformers.PreTrainedModel, tokenizer: Any,
+    settings: Training, loss: str, result: Mapping[str, Any], skeleton: transformers.PreTrainedModel, tokenizer: Any,
     reporter: Reporter,
 ) -> Teacher:  # fmt: skip
     recorded = result.get("source") or {}
@@ -194,7 +200,8 @@ def _teacher(
     try:
         source = open_source(f"{name}@{revision}" if revision and "@" not in name else name, reporter=reporter)
     except SourceError as error:
-        raise SourceError(f"teacher: {error.message}", hint=error.hint or "give another with --teacher") from error
+        hint = error.hint if settings.teacher else "name the dense model with --teacher, or use --loss lm or labels"
+        raise SourceError(f"teacher: {error.message}", hint=hint) from error
     check_model_folder(source.folder)
     digest = hash_folder(source.folder)
     if settings.teacher is None and recorded.get("sha256") not in (None, digest):
@@ -214,11 +221,42 @@ def _teacher(
             f"the teacher {name} has another tokenizer: the same numbers mean other tokens",
             hint="a teacher must be of the same family, with the same tokenizer",
         )
-    if settings.loss == "kd" and _is_classifier(skeleton) and dense.config.num_labels != skeleton.config.num_labels:
-        raise SourceError(f"the teacher {name} has {dense.config.num_labels} labels, not {skeleton.config.num_labels}")
-    if settings.mode == "blocks" and type(dense) is not type(skeleton):
-        raise SourceError(f"the teacher is a {type(dense).__name__}, the model a {type(skeleton).__name__}")
+    _check_fit(settings, loss, dense, skeleton)
     return Teacher(source, digest)
+
+
+def _check_fit(
+    settings: Training, loss: str, dense: transformers.PreTrainedModel, skeleton: transformers.PreTrainedModel
+) -> None:
+    """Refuse a teacher whose outputs are not of the kind or size that is compared.
+
+    Raises:
+        SourceError: naming both sides.
+    """
+
+    def kind(model: transformers.PreTrainedModel) -> str:
+        name = type(model).__name__
+        if settings.mode == "blocks":
+            return name
+        for ending in ("ForSequenceClassification", "ForCausalLM", "LMHeadModel"):
+            if name.endswith(ending):
+                return ending.replace("LMHeadModel", "ForCausalLM")
+        return "encoder"
+
+    hint = "name the dense model that this one was pruned from"
+    if kind(dense) != kind(skeleton):
+        raise SourceError(f"the teacher is a {type(dense).__name__}, the model a {type(skeleton).__name__}", hint=hint)
+    names = {"hidden_size": "hidden units", "num_hidden_layers": "layers"}
+    compared = list(names) if settings.mode == "blocks" or loss == "kd+hidden" else []
+    compared = ["hidden_size"] if loss == "features" else compared
+    for key in compared:
+        theirs, ours = (getattr(model.config.get_text_config(), key, None) for model in (dense, skeleton))
+        if theirs != ours:
+            raise SourceError(f"the teacher has {theirs} {names[key]}, the model {ours}", hint=hint)
+    if _is_classifier(skeleton) and dense.config.num_labels != skeleton.config.num_labels:
+        raise SourceError(
+            f"the teacher has {dense.config.num_labels} labels, the model {skeleton.config.num_labels}", hint=hint
+        )
 
 
 def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> None:

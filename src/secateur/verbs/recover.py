@@ -14,14 +14,18 @@ from typing import Any
 import torch
 import transformers
 
-from secateur.checkpoint.check import check_model_folder, hash_folder
+from secateur.checkpoint.check import check_finite, check_model_folder, hash_folder
 from secateur.checkpoint.folder import OutputFolder, copy_side_files
 from secateur.checkpoint.ledger import LEDGER, Ledger
+from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source, open_source
+from secateur.engine.binding import Binding
+from secateur.engine.blocks import find_structure
 from secateur.engine.device import compute_dtype, resolve_device
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import (
     Interrupted,
+    OutputError,
     RunError,
     SecateurError,
     UsageError,
@@ -109,11 +113,12 @@ def recover(
             folders = {"before": opened.source.folder, "after": folder.partial}
             if lesson.teacher is not None:
                 folders["teacher"] = lesson.teacher.source.folder
+            prunable = {**_prunable(opened), **taught.prunable}  # a new head may have renamed the keys
             measured: dict[str, Measured] = {}
             protocol: dict[str, Any] = {}
             for side, place in folders.items():
                 measured[side], protocol = measured_model(
-                    place, taught.prunable, data=measure_data, files=files, evaluate=evaluate, reporter=recorder,
+                    place, prunable, data=measure_data, files=files, evaluate=evaluate, reporter=recorder,
                     length=lesson.length if lesson.task == "language" else None,
                 )  # fmt: skip
         except KeyboardInterrupt:
@@ -124,6 +129,8 @@ def recover(
         except (RunError, VerificationError):
             raise
         except SecateurError as error:
+            if isinstance(error, OutputError) and resume:
+                raise  # the run was not taken up at all
             started_already = last_checkpoint(folder.partial / "trainer") or (
                 chosen.mode == "blocks" and Ledger.any_step(folder.partial / LEDGER)
             )
@@ -166,6 +173,8 @@ def _open(model: str | Path, reporter: Reporter) -> _Opened:
     source = open_source(model, reporter=reporter)
     check_model_folder(source.folder)
     skeleton = build_skeleton(source.folder)
+    with CheckpointReader(source.folder) as reader:
+        check_finite(reader, reporter)
     path = source.folder / RESULT_FILE
     result: dict[str, Any] = {}
     if path.is_file():
@@ -174,6 +183,13 @@ def _open(model: str | Path, reporter: Reporter) -> _Opened:
         except (ValueError, TypeError, OSError):
             reporter.warn(f"{path} cannot be read: the teacher must be named with --teacher")
     return _Opened(source, skeleton, hash_folder(source.folder), result)
+
+
+def _prunable(opened: _Opened) -> dict[str, int]:
+    """Checkpoint key -> number of weights of every prunable tensor of the pruned model."""
+    with CheckpointReader(opened.source.folder) as reader:
+        names = [matrix.name for matrix in find_structure(opened.skeleton).matrices]
+        return {key: reader.info(key).numel for key in Binding(opened.skeleton, reader.keys).keys_of(names)}
 
 
 def _pattern(opened: _Opened, dense: bool) -> HeldZeros:
@@ -207,7 +223,7 @@ def _fingerprint(
     recipe = settings.to_dict()
     recipe.pop("save_minutes")
     return {
-        "settings": recipe,
+        **recipe,  # one key each, so that a refusal names the setting that differs
         "source_sha256": opened.sha256,
         "teacher_sha256": lesson.teacher.sha256 if lesson.teacher else None,
         "data_sha256": lesson.digest,

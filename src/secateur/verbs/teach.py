@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from secateur.engine.inputs import batches_of_windows, output_tensor
 from secateur.engine.plan import Plan
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
-from secateur.errors import RunError, UsageError
+from secateur.errors import RunError, UnsupportedModelError, UsageError
 from secateur.measure.embeddings import read_pooling
 from secateur.measure.model import load_model, quiet_loading
 from secateur.measure.perplexity import perplexity
@@ -110,6 +111,7 @@ def teach(
     settings = lesson.settings
     cache = _teacher_cache(lesson, device, dtype, reporter)
     student = _student(lesson, source, device)
+    held = _named_for(student, held)
     structure = find_structure(student)
     weights = {matrix.name: student.get_parameter(matrix.name) for matrix in structure.matrices}
     before = _assess(lesson, student, lesson.split.held_out, reporter)
@@ -119,7 +121,7 @@ def teach(
         live = load_model(lesson.teacher.source.folder, device=str(device), dtype=_name(dtype))
     objective = _objective(lesson, source, live, dtype)
     tell = Tell(reporter)
-    trainer, arguments = None, training_arguments(
+    arguments = training_arguments(
         partial / "trainer", settings.trainer, seed=settings.seed, device=device, steps=1, rate=lesson.learning_rate,
         batch=lesson.batch_size, single_texts=lesson.task != "language",
         checkpointing=_checkpointing(settings.mode, settings.gradient_checkpointing),
@@ -136,8 +138,12 @@ def teach(
         trainer.remove_callback(transformers.PrinterCallback)
         steps, seconds = _budget(lesson, trainer, collate, data, ledger, reporter)
         arguments.max_steps = steps
-        arguments.warmup_steps = arguments.warmup_steps or max(1, round(0.05 * steps))
-        arguments.logging_steps = max(1, steps // 20)
+        given = {key.replace("-", "_") for key in settings.trainer}
+        if not given & {"warmup_steps", "warmup_ratio"}:
+            # The first step of a warm-up has rate 0: one that is the only step must not be.
+            arguments.warmup_steps = min(max(1, round(0.05 * steps)), steps - 1)
+        if "logging_steps" not in given:
+            arguments.logging_steps = max(1, steps // 20)
         resumed = last_checkpoint(Path(arguments.output_dir))
         try:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
@@ -145,7 +151,8 @@ def teach(
             raise RunError(f"training stopped: {error}", hint="free some space and go on with --resume") from error
     finished = merge_adapters(trainer.model) if settings.mode == "lora" else student
     done = steps - (int(resumed.name.rpartition("-")[2]) if resumed else 0)
-    losses = tell.losses
+    # The Trainer's own list, because a resumed run has the losses before the kill in it.
+    losses = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
     del trainer, live, objective, model
     gc.collect()
     student = finished.eval()
@@ -187,7 +194,7 @@ def _student(lesson: Lesson, source: Source, device: torch.device) -> Any:
     if lesson.task == "labels" and not type(skeleton).__name__.endswith("ForSequenceClassification"):
         names = lesson.label_names
         transformers.set_seed(lesson.settings.seed)
-        with quiet_loading():
+        with quiet_loading(), _no_load_report():
             model = transformers.AutoModelForSequenceClassification.from_pretrained(
                 source.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, num_labels=len(names),
                 id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)},
@@ -201,6 +208,38 @@ def _student(lesson: Lesson, source: Source, device: torch.device) -> Any:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
     return model
+
+
+@contextlib.contextmanager
+def _no_load_report() -> Iterator[None]:
+    """The head is new and the old one is left out: what transformers would say at length is what was asked for."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _named_for(student: Any, held: HeldZeros) -> HeldZeros:
+    """The zeros under the student's names: a model with a new head has a prefix before the names of its body.
+
+    Raises:
+        UnsupportedModelError: when a pruned matrix is not in the student.
+    """
+    known = {name for name, _ in student.named_parameters(remove_duplicate=False)}
+    prefix = f"{student.base_model_prefix}."
+    pruned = {}
+    for name, mask in held.pruned.items():
+        own = next((made for made in (name, prefix + name, name.removeprefix(prefix)) if made in known), None)
+        if own is None:
+            raise UnsupportedModelError(
+                f"{type(student).__name__} has no place for the pruned matrix {name}",
+                hint="give data without labels, or prune a model that has the head already",
+            )
+        pruned[own] = mask
+    return HeldZeros(pruned)
 
 
 def _trainable(lesson: Lesson, student: Any, held: HeldZeros, weights: Mapping[str, torch.Tensor]) -> Any:
@@ -268,8 +307,10 @@ def _budget(
         ledger.append({"steps": steps})
     tokens = lesson.tokens_per_step
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    each = 1000 * seconds / tokens
+    rate = f"{each:.1f}" if each >= 1 else f"{each:.2g}"
     reporter.note(
-        f"{steps} steps of {tokens:,} tokens: {1000 * seconds / tokens:.1f} s per 1,000 tokens, about "
+        f"{steps} steps of {tokens:,} tokens: {rate} s per 1,000 tokens, about "
         f"{_duration(steps * seconds)} in all; {trained:,} parameters are trained, whose gradients and optimiser take "
         f"{12 * trained / 1e6:,.0f} MB"
     )
@@ -336,7 +377,8 @@ def _write(lesson: Lesson, model: Any, source: Source, partial: Path, held: Held
         else:
             formats = {reader.info(key).dtype for key in reader.keys if reader.info(key).dtype.is_floating_point}
             model.to(next(iter(formats)) if len(formats) == 1 else torch.float32)
-            model.save_pretrained(partial)
+            with quiet_loading():
+                model.save_pretrained(partial)
             model.float()
             shards = {path.name: hash_file(path) for path in sorted(partial.glob("*.safetensors"))}
     with CheckpointReader(partial) as written:
@@ -406,6 +448,16 @@ def teach_blocks(
         prunable = {key: written.info(key).numel for key in keys}
     report = {
         "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds if seconds else None,
-        "block_errors": {str(index): list(pair) for index, pair in sorted(stream.losses.items())},
+        "block_errors": _block_errors(ledger),
     }  # fmt: skip
     return Taught(dict(shards), sink.zeros, prunable, held, probe, result.probe, report)
+
+
+def _block_errors(ledger: Ledger) -> dict[str, list[float]]:
+    """Error of each block before and after its training, those of a run that was resumed among them."""
+    last = {step["block"]: step["matrices"][-1] for step in ledger.steps if step["matrices"]}
+    return {
+        str(index): [float(matrix["notes"][-1]), matrix["loss"]]
+        for index, matrix in sorted(last.items())
+        if matrix["loss"] is not None
+    }

@@ -1,0 +1,124 @@
+"""Recovery block by block: errors fall, one block is in memory, embeddings and head are not touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import secateur
+from secateur.engine.stream import BlockStream
+from secateur.recovery.blocks import BlockRecovery, _decay
+from tests.models import save_tiny
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def dense(tmp_path):
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and 12 others. " * 12)
+    return save_tiny(tmp_path / "dense", "llama", num_hidden_layers=3, tie_word_embeddings=False)
+
+
+@pytest.fixture
+def pruned(dense):
+    secateur.prune(dense, dense.parent / "pruned", method="magnitude", evaluate=False, verify=False)
+    return dense.parent / "pruned"
+
+
+def run(model, out="out", **changes):
+    values = {"mode": "blocks", "sequence_length": 32, "evaluate": False, "verify": False, **changes}
+    return secateur.recover(model, model.parent / out, data=str(model.parent / "text.txt"), **values)
+
+
+def test_errors_fall_and_zeros_stay(pruned):
+    result = run(pruned, learning_rate=3e-3, epochs=6, verify=True)
+    errors = result.training["block_errors"]
+    assert sorted(errors) == ["0", "1", "2"]
+    for before, after in errors.values():
+        assert 0 < after < 0.8 * before
+    assert result.verified
+    before, after = (load_file(pruned.parent / name / "model.safetensors") for name in ("pruned", "out"))
+    changed = set()
+    for key, weight in before.items():
+        assert torch.equal((weight == 0) & (weight.ndim == 2), (after[key] == 0) & (weight.ndim == 2)), key
+        if not torch.equal(weight, after[key]):
+            changed.add(key)
+    inside = {key for key in before if key.startswith("model.layers.")}
+    assert changed == inside, "all of the blocks learns, norms as well, and nothing else"
+    for key in before.keys() - inside:
+        assert before[key].numpy().tobytes() == after[key].numpy().tobytes()
+
+
+def test_perplexity_gets_nearer_to_the_dense_model(pruned):
+    result = run(pruned, learning_rate=3e-3, epochs=6)
+    text = str(pruned.parent / "text.txt")
+    away = {}
+    for name in ("dense", "pruned", "out"):
+        found = secateur.evaluate(pruned.parent / name, data=text, sequence_length=32)
+        away[name] = found.nll_per_token
+    assert abs(away["out"] - away["dense"]) < abs(away["pruned"] - away["dense"])
+    assert result.training["tokens"] == 6 * len(_windows(result)) * 32
+
+
+def _windows(result):
+    return range(int(result.protocol["data"].split("; ")[1].split()[0]) - int(result.protocol["held_out"].split()[0]))
+
+
+def test_one_block_is_in_memory(pruned, monkeypatch):
+    most, outside = [0], [0]
+
+    def look(stream):
+        here = {
+            int(name.split(".")[2])
+            for name, parameter in stream.model.named_parameters()
+            if name.startswith("model.layers.") and not parameter.is_meta
+        }
+        most[0] = max(most[0], len(here))
+        beside = [n for n, p in stream.model.named_parameters() if not p.is_meta and not n.startswith("model.layers.")]
+        outside[0] = max(outside[0], len(beside)) if here else outside[0]
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+
+        def wrapper(self, *args, **kwargs):
+            result = original(self, *args, **kwargs)
+            look(self)
+            return result
+
+        monkeypatch.setattr(owner, name, wrapper)
+
+    watched(BlockStream, "_install")
+    watched(BlockRecovery, "_error")
+    watched(BlockRecovery, "_dense_outputs")
+    run(pruned)
+    assert most[0] == 1
+    assert outside[0] == 0
+
+
+def test_a_model_that_is_its_own_teacher_stays_what_it_is(dense):
+    result = run(dense, dense=True, teacher=str(dense), compute_dtype="float32")
+    for pair in result.training["block_errors"].values():
+        assert max(pair) < 1e-6
+    before, after = (load_file(dense.parent / name / "model.safetensors") for name in ("dense", "out"))
+    for key, weight in before.items():
+        # Adam divides by its gradient: even noise moves a weight, by the learning rate at most, every step.
+        assert float((after[key] - weight).abs().max()) < 0.01
+
+
+def test_budget_counts_windows_times_epochs(pruned):
+    result = run(pruned, tokens=32 * 12, epochs=3)
+    assert result.training["tokens"] == 32 * 12
+
+
+def test_learning_rate_warms_up_and_decays_to_nearly_zero():
+    rates = [_decay(step, 40) for step in range(40)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert max(rates) == 1.0
+    assert all(0 < rate <= 1 for rate in rates)
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 0.05
+    assert _decay(0, 1) > 0
