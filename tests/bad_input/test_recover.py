@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import torch
 import transformers
 
 import secateur
+from secateur.checkpoint import folder as folder_module
 from secateur.errors import (
     CalibrationError,
+    DiskSpaceError,
+    MissingExtraError,
     OutputError,
     RunError,
     SecateurError,
@@ -125,8 +129,10 @@ def text(root: Path, **changes: Any) -> dict[str, Any]:
     ids=lambda value: str(value)[:50],
 )  # fmt: skip
 def test_request_that_makes_no_sense(
-    root: Path, tmp_path: Path, kind: type[SecateurError], words: str, options: dict[str, Any]
-) -> None:
+    root: Path, tmp_path: Path, kind: type[SecateurError], words: str, options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(teach, "build_cache", lambda *a, **k: pytest.fail("the teacher was asked before"))
     if options.get("loss") == "features":
         words = "--loss features|a language model on text|kd or lm or kd+hidden"
     refused(kind, words, root / "dense-pruned", tmp_path / "out", **{**text(root), **options})
@@ -260,6 +266,23 @@ def test_minutes_that_allow_no_step(root: Path, tmp_path: Path, monkeypatch: pyt
     refused(UsageError, "--minutes 0.1|no step|7.0 s", root / "dense-pruned", tmp_path / "out", **told)
 
 
+def test_adapters_without_peft(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr(teach, "build_cache", lambda *a, **k: pytest.fail("the teacher was asked before"))
+    told = text(root, mode="lora")
+    refused(MissingExtraError, "PEFT|secateur[recover]", root / "dense-pruned", tmp_path / "out", **told)
+
+
+def test_disk_that_is_too_small(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full training needs room for checkpoints of weights and optimiser besides the result."""
+    usage = shutil.disk_usage(tmp_path)
+    weights = (root / "dense-pruned" / "model.safetensors").stat().st_size
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda path: usage._replace(free=3 * weights))
+    refused(DiskSpaceError, f"{3 * weights:,}", root / "dense-pruned", tmp_path / "out", **text(root))
+    told = text(root, mode="norms-and-biases", tokens=64)
+    secateur.recover(root / "dense-pruned", tmp_path / "out", evaluate=False, verify=False, **told)
+
+
 def test_output_folder_that_cannot_be(root: Path, tmp_path: Path) -> None:
     pruned = Path(shutil.copytree(root / "dense-pruned", tmp_path / "pruned"))
     (tmp_path / "there").mkdir()
@@ -295,7 +318,7 @@ def test_loss_that_is_not_finite(root: Path, tmp_path: Path, loss: str) -> None:
         model.model.layers[0].mlp.up_proj.weight.masked_fill_(model.model.layers[0].mlp.up_proj.weight != 0, 3e38)
     model.save_pretrained(tmp_path / "poisoned")
     tiny_tokenizer().save_pretrained(tmp_path / "poisoned")
-    with pytest.raises(RunError, match="the loss is not finite at step 1; there is no checkpoint yet") as caught:
+    with pytest.raises(RunError, match="not finite at step 1; there is no checkpoint|gives NaN") as caught:
         secateur.recover(
             tmp_path / "poisoned", tmp_path / "out", loss=loss, teacher=str(root / "dense"), evaluate=False,
             held_out=0.0, **text(root),

@@ -202,7 +202,8 @@ def recovered(result: RecoverResult) -> RenderableType:
             ("training loss", number(training.get("training_loss"), 4)),
             ("held-out loss, before", number(training.get("held_out_loss_before"), 4)),
             ("held-out loss, after", number(training.get("held_out_loss"), 4)),
-            ("generalisation gap", number(training.get("generalisation_gap"), 4)),
+            ("generalisation gap, before", number(training.get("generalisation_gap_before"), 4)),
+            ("generalisation gap, after", number(training.get("generalisation_gap"), 4)),
             ("zeros held", f"{result.zeros_held:,}"),
         ]
     )

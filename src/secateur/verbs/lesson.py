@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from secateur.corpus.labelled import Labelled, first_columns, read_labelled
 from secateur.corpus.load import load_text
 from secateur.corpus.windows import windows
 from secateur.engine.skeleton import build_skeleton
-from secateur.errors import CalibrationError, SourceError, UnsupportedModelError, UsageError
+from secateur.errors import CalibrationError, MissingExtraError, SourceError, UnsupportedModelError, UsageError
 from secateur.measure.embeddings import check_encoder
 from secateur.measure.texts import tokenise
 from secateur.progress import Reporter
@@ -97,7 +98,10 @@ def plan_lesson(
         UsageError: settings that do not suit the model or each other, a budget that allows no step, no teacher known.
         CalibrationError: data that is missing, malformed, or too little.
         SourceError: a teacher that cannot be opened, or has another vocabulary.
+        MissingExtraError: for adapters without PEFT.
     """
+    if settings.mode == "lora" and importlib.util.find_spec("peft") is None:
+        raise MissingExtraError("--mode lora needs PEFT", hint="pip install 'secateur[recover]'")
     labelled = _labelled(settings, skeleton)
     task = _task(settings, skeleton, labelled)
     tokenizer = load_tokenizer(source.folder)

@@ -40,7 +40,9 @@ from secateur.verbs.card import write_recovery_card
 from secateur.verbs.lesson import Lesson, plan_lesson
 from secateur.verbs.prune import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import measured_model
-from secateur.verbs.teach import Taught, held_zeros, teach, teach_blocks
+from secateur.verbs.taught import Taught, held_zeros
+from secateur.verbs.teach import teach
+from secateur.verbs.teach_blocks import teach_blocks
 from secateur.verbs.verdict import recovery_sentences
 from secateur.verify import Expected, verify
 

@@ -40,7 +40,8 @@ def recovery_sentences(
     if gap is not None:
         said.append(
             f"On text that was held out the loss is {training['held_out_loss']:.3f} "
-            f"({training['held_out_loss_before']:.3f} before), {gap:+.3f} against text that was trained on."
+            f"({training['held_out_loss_before']:.3f} before). The gap to text that was trained on went from "
+            f"{training['generalisation_gap_before']:+.3f} to {gap:+.3f}."
         )
     return said
 

@@ -1,0 +1,114 @@
+"""What a recovery run made: written in the form of its source, and what a verification must find of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from secateur.checkpoint.reader import CheckpointReader
+from secateur.checkpoint.source import Source
+from secateur.checkpoint.writer import CheckpointWriter, hash_file, layout_like
+from secateur.engine.binding import Binding
+from secateur.engine.blocks import find_structure
+from secateur.engine.forward import probe_inputs
+from secateur.engine.inputs import output_tensor
+from secateur.engine.skeleton import build_skeleton
+from secateur.measure.model import quiet_loading
+from secateur.measure.texts import padding_token
+from secateur.recovery.zeros import HeldZeros
+from secateur.verbs.lesson import Lesson
+
+
+@dataclass
+class Taught:
+    """What was made, and what a verification must find on the disk."""
+
+    shards: dict[str, str]
+    zeros: dict[str, int]
+    """Checkpoint key of every tensor with held zeros -> number of zeros."""
+    prunable: dict[str, int]
+    """Checkpoint key of every prunable tensor -> number of weights."""
+    held: HeldZeros
+    probe: Mapping[str, torch.Tensor]
+    answer: torch.Tensor | None
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def zeros_held(self) -> int:
+        return len(self.held)
+
+    def check(self, folder: Path) -> int:
+        """Read the written weights again: every held zero must be zero, in its place.
+
+        Raises:
+            VerificationError: when one is not.
+        """
+        model = build_skeleton(folder)
+        with CheckpointReader(folder) as reader:
+            binding = Binding(model, reader.keys)
+            total = 0
+            for name, mask in self.held.pruned.items():
+                total += HeldZeros({name: mask}).check(binding.load([name], reader))
+        return total
+
+
+def held_zeros(source: Source, skeleton: transformers.PreTrainedModel) -> HeldZeros:
+    """The zeros of a folder's prunable matrices, one block at a time."""
+    pruned: dict[str, torch.Tensor] = {}
+    with CheckpointReader(source.folder) as reader:
+        binding = Binding(skeleton, reader.keys)
+        for block in find_structure(skeleton).blocks:
+            names = [matrix.name for matrix in block.matrices if binding.bound(matrix.name)]
+            pruned |= HeldZeros.of(binding.load(names, reader)).pruned
+    return HeldZeros(pruned)
+
+
+def write_taught(lesson: Lesson, model: Any, source: Source, partial: Path, held: HeldZeros) -> Taught:
+    """Store the model in the source's formats, shards and names; one with a new head as transformers does."""
+    weights = dict(model.named_parameters())
+    held.check({name: weights[name] for name in held.pruned})
+    names = [matrix.name for matrix in find_structure(model).matrices]
+    with CheckpointReader(source.folder) as reader:
+        binding = Binding(model, reader.keys)
+        fresh = bool(binding.missing)
+        if not fresh:
+            shards = _write_like(reader, binding, model, partial)
+            text = (source.folder / "config.json").read_text(encoding="utf-8")
+            (partial / "config.json").write_text(text, encoding="utf-8")
+        else:
+            formats = {reader.info(key).dtype for key in reader.keys if reader.info(key).dtype.is_floating_point}
+            model.to(next(iter(formats)) if len(formats) == 1 else torch.float32)
+            with quiet_loading():
+                model.save_pretrained(partial)
+            model.float()
+            shards = {path.name: hash_file(path) for path in sorted(partial.glob("*.safetensors"))}
+    with CheckpointReader(partial) as written:
+        binding = Binding(model, written.keys)
+        keys = binding.keys_of(names)
+        prunable = {key: written.info(key).numel for key in keys}
+        zeros = {key: int((written.tensor(key) == 0).sum()) for key in keys}
+        probe = probe_inputs(model)
+    device = next(model.parameters()).device
+    with torch.inference_mode(), padding_token(model, lesson.tokenizer):
+        answer = output_tensor(model(**{name: value.to(device) for name, value in probe.items()})).float().cpu()
+    return Taught(shards, zeros, prunable, held, probe, answer)
+
+
+def _write_like(reader: CheckpointReader, binding: Binding, model: Any, partial: Path) -> dict[str, str]:
+    """The same keys, shards and formats as the source; afterwards the model holds what was written."""
+    state = model.state_dict()
+    with CheckpointWriter(partial, layout_like(reader), resume=False) as writer:
+        for unit in binding.units:
+            tensors = {name: state[name].detach().cpu() for name in unit.names}
+            for key, tensor in binding.unload(unit, tensors).items():
+                writer.write(key, tensor.to(reader.info(key).dtype))
+            for name, rounded in binding.load(unit.names, writer).items():
+                state[name].copy_(rounded)
+        for key in binding.unbound:
+            writer.copy(reader, key)
+        return dict(writer.finish())

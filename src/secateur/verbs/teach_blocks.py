@@ -1,0 +1,83 @@
+"""Training block by block on the engine: one block in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from secateur.checkpoint.ledger import Ledger
+from secateur.checkpoint.reader import CheckpointReader
+from secateur.checkpoint.source import Source
+from secateur.checkpoint.writer import CheckpointWriter, layout_like
+from secateur.engine.activations import ActivationStore
+from secateur.engine.binding import Binding
+from secateur.engine.blocks import find_structure
+from secateur.engine.device import activation_limit
+from secateur.engine.forward import probe_inputs
+from secateur.engine.inputs import batches_of_windows
+from secateur.engine.plan import Plan
+from secateur.engine.sink import CheckpointSink
+from secateur.engine.skeleton import build_skeleton
+from secateur.plugins import make_method
+from secateur.progress import Reporter
+from secateur.recovery.blocks import BlockRecovery, BlockTraining
+from secateur.recovery.zeros import HeldZeros
+from secateur.verbs.lesson import Lesson
+from secateur.verbs.taught import Taught
+
+
+def teach_blocks(
+    lesson: Lesson, source: Source, held: HeldZeros, partial: Path, device: torch.device, dtype: torch.dtype,
+    ledger: Ledger, reporter: Reporter,
+) -> Taught:  # fmt: skip
+    """Train block by block, one block in memory at a time, and write each as it is done.
+
+    Raises:
+        RunError: a loss that is not finite; finished blocks can be resumed.
+    """
+    assert lesson.teacher is not None
+    assert lesson.windows is not None
+    model = build_skeleton(source.folder)
+    structure = find_structure(model)
+    with CheckpointReader(source.folder) as reader, CheckpointReader(lesson.teacher.source.folder) as dense:
+        binding = Binding(model, reader.keys)
+        keys_of = {block.index: binding.keys_of(block.tensors) for block in structure.blocks}
+        started = time.monotonic()
+        with CheckpointWriter(partial, layout_like(reader), resume=bool(ledger.steps)) as writer:
+            sink = CheckpointSink(reader, writer, ledger, keys_of)
+            training = BlockTraining(lesson.epochs, lesson.learning_rate, lesson.batch_size)
+            stream = BlockRecovery(
+                model, structure, binding, reader, sink, make_method("magnitude"), Plan(),
+                ActivationStore(activation_limit("auto"), partial), device, dtype, lesson.settings.seed, reporter,
+                teacher=dense, training=training,
+            )  # fmt: skip
+            probe = probe_inputs(model)
+            batches = batches_of_windows(model, lesson.windows[lesson.split.train])
+            result = stream.run(batches, probe)
+            sink.copy_rest()
+            shards = writer.finish()
+    text = (source.folder / "config.json").read_text(encoding="utf-8")
+    (partial / "config.json").write_text(text, encoding="utf-8")
+    seconds = time.monotonic() - started
+    tokens = lesson.epochs * len(lesson.split.train) * lesson.length
+    prunable = {}
+    with CheckpointReader(partial) as written:
+        keys = binding.keys_of([matrix.name for matrix in structure.matrices])
+        prunable = {key: written.info(key).numel for key in keys}
+    report = {
+        "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds if seconds else None,
+        "block_errors": _block_errors(ledger),
+    }  # fmt: skip
+    return Taught(dict(shards), sink.zeros, prunable, held, probe, result.probe, report)
+
+
+def _block_errors(ledger: Ledger) -> dict[str, list[float]]:
+    """Error of each block before and after its training, those of a run that was resumed among them."""
+    last = {step["block"]: step["matrices"][-1] for step in ledger.steps if step["matrices"]}
+    return {
+        str(index): [float(matrix["notes"][-1]), matrix["loss"]]
+        for index, matrix in sorted(last.items())
+        if matrix["loss"] is not None
+    }
