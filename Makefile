@@ -7,8 +7,8 @@ TORCH_INDEX ?=
 OUT ?= demo-pruned
 ARGS ?=
 
-# In this order: compute.py compares with what quality.py found.
-BENCHMARKS ?= startup speed memory quality compute
+# Together some hours on two cores.
+BENCHMARKS ?= startup speed memory quality compute evaluation recovery step_cost generalisation
 
 VENV := .venv
 BIN := $(VENV)/bin

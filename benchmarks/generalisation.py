@@ -1,10 +1,10 @@
 """Do pruned models generalise better? A sentence encoder fine-tuned on SST-2 at several sparsities, by several methods.
 
-Every run trains the same encoder (all-MiniLM-L6-v2 with a new head) for the same number of steps on the same examples, in
-the order its seed gives. One-shot magnitude and Wanda prune after two thirds of the steps and hold the zeros for the last
-third; gradual and movement prune between a tenth and two thirds; lottery rewinding has three rounds in the same number of
-steps. The gap is the loss on the development set less the loss on the training examples. Intervals are 95 %, by
-Student's t over the seeds.
+Every run trains the same encoder (all-MiniLM-L6-v2 with a new head) for the same number of steps on the same
+examples, in the order its seed gives. One-shot magnitude and Wanda prune after two thirds of the steps and hold the
+zeros for the last third; gradual and movement prune between a tenth and two thirds; lottery rewinding has three
+rounds in the same number of steps. The gap is the loss on the development set less the loss on the training examples.
+Intervals are 95 %, by Student's t over the seeds.
 
     SECATEUR_DATA=folder python benchmarks/generalisation.py [--seeds 3] [--examples 1000] [--epochs 3]
 """
@@ -78,6 +78,7 @@ def _run(method: str, sparsity: float, seed: int, data: Path, examples: int, epo
     train.texts[examples:], train.labels[examples:], train.lines[examples:] = [], [], []
     transformers.set_seed(seed)
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # that the head is new is no news
     model = transformers.AutoModelForSequenceClassification.from_pretrained(source.folder, num_labels=2)
     rows = [
         {**tokenizer(text, truncation=True, max_length=64), "labels": label}
@@ -88,8 +89,8 @@ def _run(method: str, sparsity: float, seed: int, data: Path, examples: int, epo
 
         def learn(count: int, callbacks: list[Any], first: bool = True) -> None:
             arguments = transformers.TrainingArguments(
-                scratch, max_steps=count, per_device_train_batch_size=BATCH, learning_rate=RATE, seed=seed, use_cpu=True,
-                save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
+                scratch, max_steps=count, per_device_train_batch_size=BATCH, learning_rate=RATE, seed=seed,
+                use_cpu=True, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no",
                 warmup_steps=count // 10 if first else 0, lr_scheduler_type="linear",
             )  # fmt: skip
             transformers.Trainer(
@@ -103,7 +104,7 @@ def _run(method: str, sparsity: float, seed: int, data: Path, examples: int, epo
             text = Path(scratch) / "calibration.txt"
             text.write_text("\n\n".join(train.texts), encoding="utf-8")
             secateur.prune(
-                model.eval(), method=method, sparsity=sparsity, tokenizer=tokenizer, calibration=text, samples=16,
+                model.eval(), method=method, sparsity=sparsity, tokenizer=tokenizer, calibration=text,
                 sequence_length=256, evaluate=False, verify=False,
             )  # fmt: skip
             learn(steps - 2 * steps // 3, [SparsityCallback("hold")], first=False)

@@ -152,7 +152,17 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/cli.md": {"commands": command_reference},
     "docs/results.md": {
         name: functools.partial(results, name)
-        for name in ("quality", "compute", "speed", "memory", "recovery", "generalisation", "step_cost", "startup")
+        for name in (
+            "quality",
+            "compute",
+            "speed",
+            "memory",
+            "evaluation",
+            "recovery",
+            "generalisation",
+            "step_cost",
+            "startup",
+        )
     },
     "CONTRIBUTING.md": {"layout": layout},
 }
