@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,7 +49,7 @@ class Training:
     save_minutes: float = 10.0
     """Minutes between checkpoints that --resume can go on from."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of transformers.TrainingArguments, as KEY=VALUE: schedulers, logging, accelerate and FSDP settings."""
+    """Arguments of transformers.TrainingArguments, as KEY=VALUE: schedulers, optimisers, logging, precision."""
     seed: int = 0
     """Seed of everything random."""
     device: str = "auto"
@@ -72,14 +73,20 @@ class Training:
                 raise UsageError(f"{name} is {value}", hint="it must be at least 1")
         for name in ("minutes", "learning_rate", "save_minutes"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise UsageError(f"{name} is {value}", hint="it must be more than 0")
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise UsageError(f"{name} is {value}", hint="it must be more than 0, and finite")
+        if self.seed < 0:
+            raise UsageError(f"seed is {self.seed}", hint="it must be at least 0")
         if not 0 <= self.held_out < 1:
             raise UsageError(f"held_out is {self.held_out}", hint="it is a share, at least 0 and less than 1")
         if self.tokens is not None and self.minutes is not None:
             raise UsageError("both tokens and minutes are given", hint="give one budget")
         if self.mode == "blocks" and self.minutes is not None:
             raise UsageError("--mode blocks has no budget in minutes", hint="give --tokens")
+        if self.mode == "blocks" and self.trainer:
+            raise UsageError("--mode blocks does not run on the Trainer", hint="leave --trainer out")
+        if self.teacher is not None and self.loss in ("lm", "labels") and self.mode != "blocks":
+            raise UsageError(f"--loss {self.loss} has no teacher", hint="leave --teacher out, or use --loss kd")
         if self.mode == "blocks" and self.loss != "auto":
             raise UsageError("--mode blocks has a loss of its own", hint="leave --loss out")
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import secateur
+from secateur.engine.activations import ActivationStore
 from secateur.engine.stream import BlockStream
 from secateur.recovery.blocks import BlockRecovery, _decay
 from tests.models import save_tiny
@@ -101,8 +104,11 @@ def test_one_block_is_in_memory(pruned, monkeypatch):
     assert outside[0] == 0
 
 
-def test_a_model_that_is_its_own_teacher_stays_what_it_is(dense):
-    result = run(dense, dense=True, teacher=str(dense), compute_dtype="float32")
+def test_a_model_whose_teacher_is_its_equal_stays_what_it_is(dense, tmp_path):
+    teacher = shutil.copytree(dense, tmp_path / "equal")
+    # The same tensors in another file: a model is not taken as its own teacher.
+    save_file(load_file(dense / "model.safetensors"), teacher / "model.safetensors", {"format": "pt", "note": "equal"})
+    result = run(dense, dense=True, teacher=str(teacher), compute_dtype="float32")
     for pair in result.training["block_errors"].values():
         assert max(pair) < 1e-6
     before, after = (load_file(dense.parent / name / "model.safetensors") for name in ("dense", "out"))
@@ -124,3 +130,19 @@ def test_learning_rate_warms_up_and_decays_to_nearly_zero():
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] < 0.05
     assert _decay(0, 1) > 0
+
+
+def test_spilled_activations_change_nothing(pruned, monkeypatch):
+    run(pruned, "kept")
+    monkeypatch.setattr("secateur.verbs.teach_blocks.activation_limit", lambda _: 0)
+    monkeypatch.setattr("secateur.engine.activations.MINIMUM_BYTES", 0)
+    spilled = []
+    original = ActivationStore.park
+    monkeypatch.setattr(
+        ActivationStore, "park", lambda self, watcher: (original(self, watcher), spilled.append(self.spilled_bytes))[0]
+    )
+    run(pruned, "spilled")
+    assert max(spilled) > 0
+    names = ("kept", "spilled")
+    weights = [(pruned.parent / name / "model.safetensors").read_bytes() for name in names]
+    assert weights[0] == weights[1]

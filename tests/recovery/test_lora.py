@@ -146,6 +146,16 @@ def test_merging_after_training_changes_nothing(family):
         assert not bool(zeros.signbit().any()), name
 
 
+def test_merging_changes_nothing_when_training_computes_in_bfloat16():
+    wrapped, _ = adapted("llama")
+    train(wrapped)
+    batch = {"input_ids": calibration_for("llama")[:2]}
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        before = wrapped(**batch).logits
+        after = merge_adapters(wrapped)(**batch).logits
+    assert torch.equal(before, after)
+
+
 def test_half_precision_weights_stay_in_their_format():
     wrapped, held = adapted("llama", torch.bfloat16)
     layer = next(iter(layers(wrapped).values()))

@@ -170,7 +170,7 @@ def test_second_run_asks_the_cache_and_not_the_teacher(pruned, monkeypatch):
     monkeypatch.setattr(teach, "load_model", lambda folder, **kw: loaded.append(Path(folder)) or original(folder, **kw))
     monkeypatch.setattr(teach, "build_cache", lambda *a, **k: pytest.fail("the teacher was asked again"))
     second = run(pruned, "second")
-    assert loaded == [pruned]
+    assert loaded == []
     assert second.training["losses"] == first.training["losses"]
     names = ("first", "second")
     weights = [(pruned.parent / name / "model.safetensors").read_bytes() for name in names]
@@ -197,3 +197,11 @@ def test_live_teacher_and_cache_teach_the_same(pruned, monkeypatch):
     live = run(pruned, "live", compute_dtype="float32", top_k=VOCABULARY)
     for (_, ours), (_, theirs) in zip(cached.training["losses"], live.training["losses"], strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3)
+
+
+def test_another_config_of_the_teacher_is_another_cache(pruned):
+    run(pruned, "first")
+    config = pruned.parent / "dense" / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "0.5"))
+    run(pruned, "second")
+    assert len([path for path in module.cache_folder().glob("teachers/*") if path.is_dir()]) == 2

@@ -21,7 +21,7 @@ import secateur
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.engine.stream import BlockStream
-from secateur.errors import Interrupted, OutputError, RunError
+from secateur.errors import Interrupted, OutputError, RunError, SecateurError
 from secateur.progress import Reporter
 from secateur.recovery.blocks import BlockRecovery
 from secateur.recovery.objectives import LanguageObjective
@@ -599,3 +599,45 @@ def test_encoder_learns_from_its_dense_self(root: Path, tmp_path: Path) -> None:
         return total / 30
 
     assert apart(tmp_path / "out") < 0.6 * apart(tmp_path / "pruned")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_neox"])
+def test_resume_loads_weights_whose_names_on_disk_differ(family: str, root: Path, tmp_path: Path) -> None:
+    """Fused experts and renamed heads: the stock Trainer passes over what does not match by name."""
+    options = {"learning_rate": 3e-3, "save_minutes": 1e-9, "tokens": 320, "compute_dtype": "float32"}
+    model = _pruned(root, family, family)
+    whole = _recover(model, tmp_path / "whole", root, **options)
+    with pytest.raises(Interrupted):
+        _recover(model, tmp_path / "out", root, reporter=StopAt("training", 3), **options)
+    resumed = _recover(model, tmp_path / "out", root, resume=True, **options)
+    assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
+    assert resumed.training["losses"] == whole.training["losses"]
+
+
+@pytest.mark.parametrize("mode", ["lora", "norms-and-biases"])
+def test_resume_keeps_the_head_that_was_trained(mode: str, root: Path, tmp_path: Path) -> None:
+    rows = [
+        {"text": f"{word} number {n}", "label": label} for n in range(12) for label, word in enumerate(("up", "down"))
+    ]
+    (tmp_path / "labels.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "data": str(tmp_path / "labels.jsonl"), "mode": mode, "learning_rate": 1e-2, "save_minutes": 1e-9,
+        "batch_size": 4, "tokens": None, "epochs": 1,
+    }  # fmt: skip
+    model = _pruned(root, "bert", "bert")
+    _recover(model, tmp_path / "whole", root, **options)
+    with pytest.raises(Interrupted):
+        _recover(model, tmp_path / "out", root, reporter=StopAt("training", 3), **options)
+    _recover(model, tmp_path / "out", root, resume=True, **options)
+    assert _weights(tmp_path / "out") == _weights(tmp_path / "whole")
+
+
+def test_measuring_data_is_looked_at_before_training(root: Path, tmp_path: Path) -> None:
+    told = Stages()
+    with pytest.raises(SecateurError, match="nowhere"):
+        _recover(
+            _pruned(root, "llama", "llama"), tmp_path / "out", root, evaluate=True, files=[tmp_path / "nowhere.jsonl"],
+            reporter=told,
+        )  # fmt: skip
+    assert "training" not in told.totals
+    assert not list(tmp_path.iterdir())

@@ -48,7 +48,7 @@ class BlockRecovery(BlockStream):
     teacher: CheckpointReader | None = None
     training: BlockTraining = field(default_factory=BlockTraining)
     losses: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Block index -> mean relative squared error before and after its training."""
+    """Block index -> mean relative squared error over its first and its last epoch."""
 
     def run(self, batches: Sequence[Inputs], probe: Inputs | None = None) -> StreamResult:
         self._dense = [self._lane(batch, observed=False) for batch in batches]

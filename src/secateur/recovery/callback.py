@@ -17,7 +17,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from secateur.engine.blocks import MatrixSpec, find_structure
-from secateur.errors import CheckpointError, TargetError, UsageError
+from secateur.errors import CheckpointError, TargetError, UsageError, VerificationError
 from secateur.recovery.zeros import HeldZeros
 from secateur.schedules import Matrix, Pruner, Schedule, Training, make_schedule
 from secateur.targets import select
@@ -106,6 +106,8 @@ class SparsityCallback(TrainerCallback):
         if saved:
             pruner.load(saved)
         self._pruner, self.history = pruner, history
+        if saved:
+            _check_loaded(model, pruner.pruned)
         self._hold(model, state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -191,6 +193,21 @@ class SparsityCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def _check_loaded(model: nn.Module, pruned: Mapping[str, torch.Tensor]) -> None:
+    """See that the Trainer did load the weights of the checkpoint: it passes over names that do not match.
+
+    Raises:
+        CheckpointError: when pruned weights are not zero.
+    """
+    try:
+        HeldZeros(pruned).check(dict(model.named_parameters()))
+    except VerificationError as error:
+        raise CheckpointError(
+            f"the weights in memory are not those of the checkpoint: {error.message}",
+            hint="transformers does not load checkpoints of this family back into a training; start again",
+        ) from None
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -63,7 +63,8 @@ def merged_weight(
         a: (rank, in); b: (out, rank).
         pruned: bool, the shape of ``weight``, True where the weight stays zero; None when nothing does.
     """
-    delta = (b.float() @ a.float()).mul_(scale)
+    with torch.autocast(weight.device.type, enabled=False):  # the same sum in training and in merging
+        delta = (b.float() @ a.float()).mul_(scale)
     total = (delta.T if transposed else delta).add(weight.float()).to(weight.dtype)
     return total if pruned is None else total.masked_fill_(pruned, 0)
 
@@ -156,7 +157,9 @@ def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor
         layer.fan_in_fan_out = isinstance(layer.get_base_layer(), Conv1D)
         for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
             factor.data = factor.data.float()
-        nn.init.kaiming_uniform_(layer.lora_A["default"].weight, a=math.sqrt(5), generator=_generator(seed, path))
+        start = torch.empty(layer.lora_A["default"].weight.shape)
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=_generator(seed, path))
+        layer.lora_A["default"].weight.data.copy_(start)
     return wrapped
 
 

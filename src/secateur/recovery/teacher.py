@@ -8,15 +8,17 @@ computed.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+import transformers
 
 from secateur.checkpoint.cache import build_once, cache_folder
-from secateur.errors import OutputError
+from secateur.errors import DiskSpaceError, OutputError
 from secateur.progress import Reporter
 
 _POSITIONS = 256
@@ -58,10 +60,16 @@ def top_logits(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     return torch.cat([i for i, _ in found]).reshape(shape), torch.cat([v for _, v in found]).reshape(shape)
 
 
-def cache_key(teacher_sha256: str, windows: torch.Tensor, k: int, dtype: torch.dtype) -> str:
-    """Name of a cache: equal when, and only when, everything that decides its content is equal."""
+def cache_key(teacher_sha256: str, windows: torch.Tensor, k: int, dtype: torch.dtype, device: str = "cpu") -> str:
+    """Name of a cache: equal when everything that decides its content is equal.
+
+    Args:
+        teacher_sha256: of weights and config.
+        device: the type, since other kernels round otherwise.
+    """
     tokens = hashlib.sha256(windows.cpu().contiguous().numpy().tobytes()).hexdigest()
-    parts = ["1", teacher_sha256, tokens, str(tuple(windows.shape)), str(k), str(dtype)]
+    made_by = [device, torch.__version__, transformers.__version__]
+    parts = ["2", teacher_sha256, tokens, str(tuple(windows.shape)), str(k), str(dtype), *made_by]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
@@ -107,21 +115,45 @@ def build_cache(
     k = min(k, classes)
     small = classes <= 1 << 16
 
+    shape = (count, length, k)
+    kind = np.dtype(np.uint16 if small else np.int32)
+    needed = count * length * k * (kind.itemsize + 2)
+
     def build(folder: Path) -> None:
-        shape = (count, length, k)
-        ids = np.lib.format.open_memmap(folder / "ids.npy", "w+", dtype=np.uint16 if small else np.int32, shape=shape)
-        log = np.lib.format.open_memmap(folder / "log.npy", "w+", dtype=np.float16, shape=shape)
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise DiskSpaceError(
+                f"the teacher's logits need {needed:,} bytes, {folder.parent} has {free:,} left",
+                hint="free some space, choose another cache with SECATEUR_CACHE, or use fewer --tokens or --top-k",
+            )
         device = next(teacher.parameters()).device
         reporter.stage("asking the teacher", count)
-        with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            for index, window in enumerate(windows):
+        # Written piece by piece rather than through a mapping, where a full disk would end the process.
+        with (
+            _open_array(folder / "ids.npy", kind, shape) as ids,
+            _open_array(folder / "log.npy", np.dtype(np.float16), shape) as log,
+            torch.inference_mode(),
+            torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32),
+        ):
+            for window in windows:
                 logits = teacher(input_ids=window[None].to(device), use_cache=False).logits[0]
                 best, values = top_logits(logits, k)
-                ids[index] = best.cpu().numpy()
-                log[index] = values.cpu().numpy()
+                ids.write(best.cpu().numpy().astype(kind).tobytes())
+                log.write(values.cpu().numpy().astype(np.float16).tobytes())
                 reporter.advance()
-        ids.flush()
-        log.flush()
 
-    build_once(cached_folder(key), build)
+    try:
+        build_once(cached_folder(key), build)
+    except OSError as error:
+        raise OutputError(
+            f"the teacher's logits cannot be written to {cached_folder(key).parent}: {error.strerror}",
+            hint="free some space, or choose another cache with SECATEUR_CACHE",
+        ) from error
     return open_cache(key)
+
+
+def _open_array(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> BinaryIO:
+    """A new .npy file, its header written, its numbers still to come."""
+    file = path.open("wb")
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_2_0(file, header)
+    return file

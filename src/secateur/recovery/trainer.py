@@ -15,12 +15,23 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from secateur.errors import RunError, UnknownNameError, UsageError
+from secateur.errors import CheckpointError, RunError, UnknownNameError, UsageError
 from secateur.progress import Reporter
 from secateur.recovery.zeros import HeldZeros
 
+DECIDED = frozenset({
+    "output_dir", "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit",
+    "load_best_model_at_end", "eval_strategy", "do_eval", "do_predict", "remove_unused_columns",
+    "label_smoothing_factor", "resume_from_checkpoint", "push_to_hub", "fsdp", "fsdp_config", "deepspeed",
+    "parallelism_config", "auto_find_batch_size", "use_cpu", "seed",
+})  # fmt: skip
+"""Arguments of the stock Trainer that would contradict what recover does itself."""
+TRAINED = "trained.safetensors"
+"""The trained parameters in a checkpoint folder."""
 COMPLETE = "complete"
 """A file in a checkpoint folder that was written to its end."""
 
@@ -45,6 +56,37 @@ class RecoveryTrainer(transformers.Trainer):
             raise _not_finite("loss", self.state.global_step, Path(self.args.output_dir))
         return (loss, {}) if return_outputs else loss
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            raise RunError(
+                f"a checkpoint could not be written: {error}", hint="free some space and go on with --resume"
+            ) from error
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write what is trained, under the model's own names.
+
+        The stock way goes through ``save_pretrained`` and reads back without asking whether everything matched: models
+        whose files are laid out otherwise (fused experts) and heads beside adapters would be lost on resuming.
+        """
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = _trained(self.model)
+        for parameter in trained.values():
+            if not torch.isfinite(parameter).all():
+                raise _not_finite("weights", self.state.global_step - 1, Path(str(self.args.output_dir)))
+        save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / TRAINED)
+        trained = _trained(model or self.model)
+        if saved.keys() != trained.keys():
+            raise CheckpointError(f"{resume_from_checkpoint} does not hold the weights of this run")
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         norm = super()._clip_grad_norm(model)
         # Half precision with a scaler overflows on purpose now and then and skips the step.
@@ -53,11 +95,16 @@ class RecoveryTrainer(transformers.Trainer):
         return norm
 
 
+def _trained(model: Any) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _not_finite(what: str, step: int, folder: Path) -> RunError:
     last = last_checkpoint(folder)
+    what = f"{what} are" if what == "weights" else f"{what} is"
     kept = f"the last good checkpoint is {last.name}" if last else "there is no checkpoint yet"
     return RunError(
-        f"the {what} is not finite at step {step + 1}; {kept}",
+        f"the {what} not finite at step {step + 1}; {kept}",
         hint="start again with --overwrite and a smaller --learning-rate",
     )
 
@@ -92,7 +139,9 @@ class Checkpoints(transformers.TrainerCallback):
         self._last = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if time.monotonic() - self._last >= self._seconds and state.global_step < state.max_steps:
+        # Where losses are logged: a resumed run averages them over the same steps.
+        logged = state.global_step % max(1, int(state.logging_steps)) == 0
+        if logged and time.monotonic() - self._last >= self._seconds and state.global_step < state.max_steps:
             control.should_save = True
         return control
 
@@ -174,8 +223,8 @@ def training_arguments(
         name = key.replace("-", "_")
         if name not in known:
             raise UnknownNameError("training argument", key, known)
-        if name in ("output_dir", "max_steps"):
-            raise UsageError(f"--trainer {key} is decided by secateur", hint="use -o, --tokens or --minutes")
+        if name in DECIDED:
+            raise UsageError(f"--trainer {key} is decided by secateur", hint="use the flags of recover")
         defaults.pop(name, None)
         words += [f"--{name}", json.dumps(value) if isinstance(value, dict | list | bool) else str(value)]
     for name, value in defaults.items():
@@ -196,6 +245,12 @@ def training_arguments(
             f"size of {batch}",
             hint="give both so that their product is --batch-size",
         )
+    if device.type != "cpu":
+        if arguments.device != device and device.index is not None:
+            raise UsageError(
+                f"training runs on {arguments.device}, not on {device}", hint="choose with CUDA_VISIBLE_DEVICES"
+            )
+        arguments._n_gpu = 1  # several would each take a batch, behind the back of the budget
     return arguments
 
 
@@ -206,7 +261,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def time_of_step(trainer: RecoveryTrainer, batch: dict[str, torch.Tensor], accumulation: int) -> float:
-    """Seconds that an optimiser step will take, from forward and backward of one batch; nothing is changed by it.
+    """Seconds that forward and backward of an optimiser step take, from one batch; nothing is changed by it.
 
     The first run warms up and is not counted.
     """
@@ -222,6 +277,8 @@ def time_of_step(trainer: RecoveryTrainer, batch: dict[str, torch.Tensor], accum
             with trainer.accelerator.autocast():
                 loss = trainer.compute_loss(model, inputs)
             loss.backward()
+            if trainer.args.device.type != "cpu":
+                torch.accelerator.synchronize()
             model.zero_grad(set_to_none=True)
             seconds = time.monotonic() - started
     return seconds * accumulation

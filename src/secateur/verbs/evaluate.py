@@ -96,7 +96,7 @@ def evaluate(
         raise UsageError("nothing to measure", hint=hint)
     if data is None and against is not None:
         raise UsageError("against needs texts to compare on, and data is None", hint="give data, or leave against out")
-    contents = _read_all(files)
+    contents = read_files(files)
     text = None if data is None else load_text(data, "measure")  # before the model, which takes longer to open
     paragraphs = _paragraphs(text) if text is not None and against is not None else []
     dense = None if against is None else open_source(against, reporter=reporter)
@@ -253,7 +253,7 @@ def _paragraphs(text: Text) -> list[str]:
     return [found[index * len(found) // count] for index in range(count)]
 
 
-def _read_all(files: Sequence[str | Path]) -> dict[str, tuple[str | Path, _Content]]:
+def read_files(files: Sequence[str | Path]) -> dict[str, tuple[str | Path, _Content]]:
     """All files, before any work, under short names that differ."""
     found: dict[str, tuple[str | Path, _Content]] = {}
     for path in files:

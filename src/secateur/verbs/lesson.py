@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,19 +14,19 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from secateur.checkpoint.check import check_model_folder, hash_folder
-from secateur.checkpoint.source import Source, open_source
+from secateur.checkpoint.source import Source
 from secateur.corpus.labelled import Labelled, first_columns, read_labelled
 from secateur.corpus.load import load_text
 from secateur.corpus.windows import windows
-from secateur.engine.skeleton import build_skeleton
-from secateur.errors import CalibrationError, MissingExtraError, SourceError, UnsupportedModelError, UsageError
+from secateur.errors import CalibrationError, MissingExtraError, UnsupportedModelError, UsageError
+from secateur.measure.classify import check_classifier
 from secateur.measure.embeddings import check_encoder
 from secateur.measure.texts import tokenise
 from secateur.progress import Reporter
 from secateur.recovery.data import Split, split, steps_for
 from secateur.training import Training
 from secateur.verbs.calibration import load_tokenizer, window_length
+from secateur.verbs.teacher import Teacher, find_teacher, is_classifier
 
 Task = Literal["language", "labels", "features"]
 
@@ -37,14 +38,6 @@ BLOCK_WINDOWS = 64
 LABEL_EPOCHS = 3
 TEXT_TOKENS = 128
 """The most tokens of a labelled text or of a text to embed."""
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """The dense model to learn from."""
-
-    source: Source
-    sha256: str
 
 
 @dataclass
@@ -59,7 +52,6 @@ class Lesson:
     batch_size: int
     learning_rate: float
     split: Split
-    dense: bool
     digest: str
     teacher: Teacher | None = None
     windows: torch.Tensor | None = None
@@ -84,14 +76,15 @@ def plan_lesson(
     settings: Training,
     source: Source,
     skeleton: transformers.PreTrainedModel,
+    sha256: str,
     result: Mapping[str, Any],
-    dense: bool,
     reporter: Reporter,
 ) -> Lesson:
     """Decide what is trained on what.
 
     Args:
         skeleton: the pruned model without weights.
+        sha256: of the pruned model.
         result: what ``secateur.json`` beside the pruned model says, empty when there is none.
 
     Raises:
@@ -108,11 +101,11 @@ def plan_lesson(
     known = settings.teacher is not None or bool(result.get("source"))
     loss = _loss(settings, task, known, reporter)
     needs_teacher = settings.mode == "blocks" or loss in ("kd", "kd+hidden", "features")
-    teacher = _teacher(settings, loss, result, skeleton, tokenizer, reporter) if needs_teacher else None
+    teacher = find_teacher(settings, loss, sha256, result, skeleton, tokenizer, reporter) if needs_teacher else None
     rates = LABEL_RATES if task == "labels" else RATES
     lesson = Lesson(
         settings=settings, task=task, loss=loss, tokenizer=tokenizer, length=0, batch_size=0,
-        learning_rate=settings.learning_rate or rates[settings.mode], split=Split([], []), dense=dense, digest="",
+        learning_rate=settings.learning_rate or rates[settings.mode], split=Split([], []), digest="",
         teacher=teacher,
     )  # fmt: skip
     if task == "language":
@@ -132,20 +125,18 @@ def plan_lesson(
 
 def _labelled(settings: Training, skeleton: transformers.PreTrainedModel) -> Labelled | None:
     """The data as labelled texts, when its first row has a label or the loss asks for one."""
+    if settings.mode == "blocks":
+        return None
     path = Path(settings.data).expanduser()
-    wanted = settings.loss == "labels" or (settings.loss != "features" and _is_classifier(skeleton))
+    wanted = settings.loss == "labels" or (settings.loss != "features" and is_classifier(skeleton))
     if not wanted:
         rows = path.suffix == ".jsonl" and path.is_file() and settings.loss == "auto"
         if not rows or "label" not in first_columns(path):
             return None
     if settings.data == "builtin":
         raise CalibrationError("the built-in text has no labels", hint="give a JSONL of `text`, `label` with --data")
-    labels = skeleton.config.id2label if _is_classifier(skeleton) else None
+    labels = skeleton.config.id2label if is_classifier(skeleton) else None
     return read_labelled(path, labels=labels)
-
-
-def _is_classifier(skeleton: transformers.PreTrainedModel) -> bool:
-    return type(skeleton).__name__.endswith("ForSequenceClassification")
 
 
 def _task(settings: Training, skeleton: transformers.PreTrainedModel, labelled: Labelled | None) -> Task:
@@ -155,11 +146,11 @@ def _task(settings: Training, skeleton: transformers.PreTrainedModel, labelled: 
             f"{name} reads {skeleton.main_input_name}: only text models can be recovered yet",
             hint="secateur prune needs no training: choose a method that keeps more of the quality, or less sparsity",
         )
-    if labelled is not None:
-        if settings.mode != "blocks":
-            return "labels"
-        raise UsageError("--mode blocks learns from running text, not from labels", hint="give a text with --data")
-    if settings.mode == "blocks" or name.endswith(("ForCausalLM", "LMHeadModel")):
+    if labelled is not None and not skeleton.config.is_encoder_decoder:
+        if is_classifier(skeleton):
+            check_classifier(skeleton, labelled.name)
+        return "labels"
+    if labelled is not None or settings.mode == "blocks" or name.endswith(("ForCausalLM", "LMHeadModel")):
         if skeleton.config.is_encoder_decoder:
             raise UnsupportedModelError(
                 f"{name} is an encoder-decoder: these cannot be recovered yet",
@@ -189,80 +180,6 @@ def _loss(settings: Training, task: Task, teacher_known: bool, reporter: Reporte
     return settings.loss
 
 
-def _teacher(
-    settings: Training, loss: str, result: Mapping[str, Any], skeleton: transformers.PreTrainedModel, tokenizer: Any,
-    reporter: Reporter,
-) -> Teacher:  # fmt: skip
-    recorded = result.get("source") or {}
-    name = settings.teacher or recorded.get("model")
-    if not name:
-        raise UsageError(
-            "no teacher is known: the folder has no secateur.json that names its source",
-            hint="give the dense model with --teacher, or use --loss lm",
-        )
-    revision = recorded.get("revision") if settings.teacher is None and recorded.get("kind") == "hub" else None
-    try:
-        source = open_source(f"{name}@{revision}" if revision and "@" not in name else name, reporter=reporter)
-    except SourceError as error:
-        hint = error.hint if settings.teacher else "name the dense model with --teacher, or use --loss lm or labels"
-        raise SourceError(f"teacher: {error.message}", hint=hint) from error
-    check_model_folder(source.folder)
-    digest = hash_folder(source.folder)
-    if settings.teacher is None and recorded.get("sha256") not in (None, digest):
-        raise SourceError(
-            f"the teacher {name} is not the model any more that was pruned: its weights differ",
-            hint="name the dense model with --teacher if this is it",
-        )
-    dense = build_skeleton(source.folder)
-    sizes = [model.config.get_text_config().vocab_size for model in (dense, skeleton)]
-    if sizes[0] != sizes[1]:
-        raise SourceError(
-            f"the teacher {name} has a vocabulary of {sizes[0]:,}, the model one of {sizes[1]:,}",
-            hint="a teacher must be of the same family, with the same tokenizer",
-        )
-    if load_tokenizer(source.folder).get_vocab() != tokenizer.get_vocab():
-        raise SourceError(
-            f"the teacher {name} has another tokenizer: the same numbers mean other tokens",
-            hint="a teacher must be of the same family, with the same tokenizer",
-        )
-    _check_fit(settings, loss, dense, skeleton)
-    return Teacher(source, digest)
-
-
-def _check_fit(
-    settings: Training, loss: str, dense: transformers.PreTrainedModel, skeleton: transformers.PreTrainedModel
-) -> None:
-    """Refuse a teacher whose outputs are not of the kind or size that is compared.
-
-    Raises:
-        SourceError: naming both sides.
-    """
-
-    def kind(model: transformers.PreTrainedModel) -> str:
-        name = type(model).__name__
-        if settings.mode == "blocks":
-            return name
-        for ending in ("ForSequenceClassification", "ForCausalLM", "LMHeadModel"):
-            if name.endswith(ending):
-                return ending.replace("LMHeadModel", "ForCausalLM")
-        return "encoder"
-
-    hint = "name the dense model that this one was pruned from"
-    if kind(dense) != kind(skeleton):
-        raise SourceError(f"the teacher is a {type(dense).__name__}, the model a {type(skeleton).__name__}", hint=hint)
-    names = {"hidden_size": "hidden units", "num_hidden_layers": "layers"}
-    compared = list(names) if settings.mode == "blocks" or loss == "kd+hidden" else []
-    compared = ["hidden_size"] if loss == "features" else compared
-    for key in compared:
-        theirs, ours = (getattr(model.config.get_text_config(), key, None) for model in (dense, skeleton))
-        if theirs != ours:
-            raise SourceError(f"the teacher has {theirs} {names[key]}, the model {ours}", hint=hint)
-    if _is_classifier(skeleton) and dense.config.num_labels != skeleton.config.num_labels:
-        raise SourceError(
-            f"the teacher has {dense.config.num_labels} labels, the model {skeleton.config.num_labels}", hint=hint
-        )
-
-
 def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> None:
     settings = lesson.settings
     lesson.length = window_length(settings.sequence_length, skeleton, 1024)
@@ -283,9 +200,15 @@ def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> Non
             count = min(available, steps_for(settings.tokens, lesson.epochs, lesson.length))
         lesson.split = Split(lesson.split.train[:count], lesson.split.held_out)
         lesson.steps = 0
-    elif settings.minutes is None:
+        return
+    if settings.epochs is not None:
+        raise UsageError("--epochs is for --mode blocks and labelled texts", hint="use --tokens for running text")
+    if settings.minutes is None:
         budget = settings.tokens or max(available, lesson.batch_size) * lesson.length
         lesson.steps = steps_for(budget, lesson.batch_size, lesson.length)
+        # What the budget never reaches the teacher need not read.
+        reached = min(available, lesson.steps * lesson.batch_size)
+        lesson.split = Split(lesson.split.train[:reached], lesson.split.held_out)
 
 
 def _single_texts(
@@ -309,7 +232,7 @@ def _single_texts(
     lesson.digest = hashlib.sha256(told).hexdigest()
     lesson.protocol["data"] = f"{origin}; {len(texts)} texts; {made.told}"
     if settings.minutes is None:
-        per_epoch = max(1, len(lesson.split.train) // lesson.batch_size)
+        per_epoch = math.ceil(len(lesson.split.train) / lesson.batch_size)
         lesson.steps = LABEL_EPOCHS * per_epoch if labelled is not None else per_epoch
         if settings.epochs is not None:
             lesson.steps = settings.epochs * per_epoch

@@ -49,6 +49,7 @@ from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PrunedMatrix, PruneResult, write_json
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.card import write_card
+from secateur.verbs.evaluate import read_files
 from secateur.verbs.memory import as_source, take_over
 from secateur.verbs.sides import measure_sides
 from secateur.verify import Expected, verify
@@ -126,6 +127,8 @@ def prune(
         settings["calibration"] = str(calibration)
     chosen, recipe = _merge(recipe, method, settings)
     own_data = None if isinstance(calibration, str | Path) else calibration
+    if evaluate:
+        read_files(files)  # a line that cannot be read is refused now, not after the work
     with ExitStack() as stack:
         in_memory = model if isinstance(model, transformers.PreTrainedModel) else None
         in_place = out is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -19,6 +21,7 @@ from secateur.checkpoint.folder import OutputFolder, copy_side_files
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source, open_source
+from secateur.corpus.load import load_text
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
 from secateur.engine.device import compute_dtype, resolve_device
@@ -37,10 +40,11 @@ from secateur.recovery.zeros import HeldZeros
 from secateur.result import RESULT_FILE, Measured, RecoverResult, write_json
 from secateur.training import Training
 from secateur.verbs.card import write_recovery_card
+from secateur.verbs.evaluate import read_files
 from secateur.verbs.lesson import Lesson, plan_lesson
 from secateur.verbs.prune import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import measured_model
-from secateur.verbs.taught import Taught, held_zeros
+from secateur.verbs.taught import Taught, count_zeros, held_zeros
 from secateur.verbs.teach import teach
 from secateur.verbs.teach_blocks import teach_blocks
 from secateur.verbs.verdict import recovery_sentences
@@ -90,6 +94,11 @@ def recover(
         SecateurError: bad input (nothing was written), a run that failed part-way (it can be resumed), or a result that
             did not pass its verification.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "recover runs in one process",
+            hint="start it without a launcher; use SparsityCallback in a Trainer of yours",
+        )
     started = time.monotonic()
     recorder = Recorder(reporter)
     given = settings.to_dict() if settings is not None else {}
@@ -100,18 +109,29 @@ def recover(
         folder = OutputFolder(out, overwrite=overwrite, resume=resume, source_folder=opened.source.folder)
         device = resolve_device(chosen.device)
         dtype = compute_dtype(chosen.compute_dtype, device)
-        lesson = plan_lesson(chosen, opened.source, opened.skeleton, opened.result, dense, recorder)
-        held = _pattern(opened, dense)
+        _check_measuring(evaluate, measure_data, files)
+        lesson = plan_lesson(chosen, opened.source, opened.skeleton, opened.sha256, opened.result, recorder)
+        blocks = chosen.mode == "blocks"
+        held = HeldZeros({}) if blocks else held_zeros(opened.source, opened.skeleton)
+        zeros = count_zeros(opened.source, opened.skeleton) if blocks else len(held)
+        if not zeros and not dense:
+            raise UsageError(
+                f"{opened.source.name} has no zeros: there is no pattern to hold",
+                hint="prune it first, or train it as it is with --dense",
+            )
         folder.require_space(_bytes_needed(opened.source.folder, chosen))
         stack.enter_context(folder)
         try:
             fingerprint = _fingerprint(chosen, opened, lesson, device, dtype)
             ledger = Ledger.begin(folder.partial / LEDGER, fingerprint, resume=resume)
-            train = teach_blocks if chosen.mode == "blocks" else teach
-            taught = train(lesson, opened.source, held, folder.partial, device, dtype, ledger, recorder)
+            where = folder.partial, device, dtype, ledger, recorder
+            if blocks:
+                taught = teach_blocks(lesson, opened.source, zeros, *where)
+            else:
+                taught = teach(lesson, opened.source, held, *where)
             copy_side_files(opened.source.folder, folder.partial)
             peak, seconds = peak_rss_bytes(), time.monotonic() - started
-            verification = _verified(folder.partial, taught, recorder) if verify else {}
+            verification = _verified(folder.partial, opened.source.folder, taught, recorder) if verify else {}
             folders = {"before": opened.source.folder, "after": folder.partial}
             if lesson.teacher is not None:
                 folders["teacher"] = lesson.teacher.source.folder
@@ -119,10 +139,7 @@ def recover(
             measured: dict[str, Measured] = {}
             protocol: dict[str, Any] = {}
             for side, place in folders.items():
-                measured[side], protocol = measured_model(
-                    place, prunable, data=measure_data, files=files, evaluate=evaluate, reporter=recorder,
-                    length=lesson.length if lesson.task == "language" else None,
-                )  # fmt: skip
+                measured[side], protocol = _measured(place, prunable, lesson, evaluate, measure_data, files, recorder)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"stopped; the last checkpoint is kept in {folder.partial}",
@@ -187,26 +204,35 @@ def _open(model: str | Path, reporter: Reporter) -> _Opened:
     return _Opened(source, skeleton, hash_folder(source.folder), result)
 
 
+def _measured(
+    place: Path, prunable: dict[str, int], lesson: Lesson, evaluate: bool, data: str, files: Sequence[str | Path],
+    reporter: Reporter,
+) -> tuple[Measured, dict[str, Any]]:  # fmt: skip
+    """One side; what cannot be measured after a long training is told, and the training is kept."""
+    length = lesson.length if lesson.task == "language" else None
+    try:
+        return measured_model(
+            place, prunable, data=data, files=files, evaluate=evaluate, length=length, reporter=reporter
+        )
+    except Interrupted:
+        raise
+    except SecateurError as error:
+        reporter.warn(f"the quality of {place.name} was not measured: {error.message}")
+        return measured_model(place, prunable, data=data, files=(), evaluate=False, length=None, reporter=reporter)
+
+
+def _check_measuring(evaluate: bool, data: str, files: Sequence[str | Path]) -> None:
+    """Refuse measuring data that cannot be read before hours of training, not after them."""
+    if evaluate:
+        load_text(data, "measure")
+        read_files(files)
+
+
 def _prunable(opened: _Opened) -> dict[str, int]:
     """Checkpoint key -> number of weights of every prunable tensor of the pruned model."""
     with CheckpointReader(opened.source.folder) as reader:
         names = [matrix.name for matrix in find_structure(opened.skeleton).matrices]
         return {key: reader.info(key).numel for key in Binding(opened.skeleton, reader.keys).keys_of(names)}
-
-
-def _pattern(opened: _Opened, dense: bool) -> HeldZeros:
-    """The zeros to hold.
-
-    Raises:
-        UsageError: when there are none, unless the user said that there need not be any.
-    """
-    held = held_zeros(opened.source, opened.skeleton)
-    if not len(held) and not dense:
-        raise UsageError(
-            f"{opened.source.name} has no zeros: there is no pattern to hold",
-            hint="prune it first, or train it as it is with --dense",
-        )
-    return held
 
 
 def _bytes_needed(folder: Path, settings: Training) -> int:
@@ -227,7 +253,9 @@ def _fingerprint(
     return {
         **recipe,  # one key each, so that a refusal names the setting that differs
         "source_sha256": opened.sha256,
+        "config_sha256": hashlib.sha256((opened.source.folder / "config.json").read_bytes()).hexdigest(),
         "teacher_sha256": lesson.teacher.sha256 if lesson.teacher else None,
+        "teacher_config_sha256": lesson.teacher.config_sha256 if lesson.teacher else None,
         "data_sha256": lesson.digest,
         "device": str(device),
         "compute_dtype": str(dtype),
@@ -236,11 +264,11 @@ def _fingerprint(
     }
 
 
-def _verified(folder: Path, taught: Taught, reporter: Reporter) -> dict[str, Any]:
+def _verified(folder: Path, source: Path, taught: Taught, reporter: Reporter) -> dict[str, Any]:
     reporter.stage("verifying", 1)
     expected = Expected(taught.shards, taught.zeros, taught.probe, taught.answer)
     checked = verify(folder, expected, reporter)
-    checked["zeros_held"] = taught.check(folder)
+    checked["zeros_held"] = taught.check(folder, source)
     reporter.advance()
     return checked
 

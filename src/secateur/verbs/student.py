@@ -18,18 +18,24 @@ from secateur.recovery.zeros import HeldZeros
 from secateur.verbs.lesson import Lesson
 
 
-def open_student(lesson: Lesson, source: Source, device: torch.device) -> Any:
-    """The pruned model in float32, with a new head where texts are labelled and it has none."""
+def open_student(lesson: Lesson, source: Source, device: torch.device) -> tuple[Any, set[str]]:
+    """The pruned model in float32, with a new head where texts are labelled and it has none.
+
+    Returns:
+        The model, and the names of the parameters that no checkpoint had: whatever else is frozen, they must learn.
+    """
+    new: set[str] = set()
     skeleton = build_skeleton(source.folder)
     if lesson.task == "labels" and not type(skeleton).__name__.endswith("ForSequenceClassification"):
         names = lesson.label_names
         transformers.set_seed(lesson.settings.seed)
         with quiet_loading(), _no_load_report():
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 source.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, num_labels=len(names),
                 id2label=dict(enumerate(names)), label2id={name: number for number, name in enumerate(names)},
+                output_loading_info=True,
             )  # fmt: skip
-        model = model.to(device)
+        model, new = model.to(device), set(info["missing_keys"])
     else:
         model = load_model(source.folder, device=str(device), dtype="float32")
     if getattr(model.config, "pad_token_id", None) is None and lesson.task == "labels":
@@ -37,7 +43,7 @@ def open_student(lesson: Lesson, source: Source, device: torch.device) -> Any:
         model.config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
-    return model
+    return model, new
 
 
 @contextlib.contextmanager
@@ -72,23 +78,29 @@ def named_for(student: Any, held: HeldZeros) -> HeldZeros:
     return HeldZeros(pruned)
 
 
-def trainable(lesson: Lesson, student: Any, held: HeldZeros, weights: Mapping[str, torch.Tensor]) -> Any:
-    """Decide which parameters learn."""
+def trainable(lesson: Lesson, student: Any, held: HeldZeros, weights: Mapping[str, torch.Tensor], new: set[str]) -> Any:
+    """Decide which parameters learn. ``new`` ones do in every mode, and so does the head of a classifier.
+
+    Raises:
+        UsageError: when a mode has nothing to train.
+    """
     settings = lesson.settings
-    heads = [name for name, _ in student.named_parameters() if name.split(".")[0] in ("score", "classifier")]
+    prefix = f"{student.base_model_prefix}."
+    heads = set(new)
+    if lesson.task == "labels":
+        heads |= {name for name, _ in student.named_parameters() if not name.startswith(prefix)}
     if settings.mode == "lora":
+        learning = [student.get_parameter(name) for name in heads]
         model = add_adapters(student, held, weights, rank=settings.rank, seed=settings.seed)
-        for name, parameter in model.named_parameters():
-            if lesson.task == "labels" and any(name.endswith(head) for head in heads):
-                parameter.requires_grad_(True)  # a new head starts from nothing
+        for parameter in learning:
+            parameter.requires_grad_(True)
         return model
     if settings.mode == "norms-and-biases":
-        chosen = [name for name, parameter in student.named_parameters() if parameter.ndim == 1]
-        if not chosen:
+        vectors = {name for name, parameter in student.named_parameters() if parameter.ndim == 1}
+        if not vectors:
             raise UsageError("the model has no norms and no biases", hint="use --mode full or lora")
-        learning = {*chosen, *(heads if lesson.task == "labels" else ())}
         for name, parameter in student.named_parameters():
-            parameter.requires_grad_(name in learning)
+            parameter.requires_grad_(name in vectors | heads)
     else:
         student.requires_grad_(True)
     return student

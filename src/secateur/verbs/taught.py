@@ -33,17 +33,15 @@ class Taught:
     """Checkpoint key of every tensor with held zeros -> number of zeros."""
     prunable: dict[str, int]
     """Checkpoint key of every prunable tensor -> number of weights."""
-    held: HeldZeros
+    held: HeldZeros | None
+    """None when the source has the zeros where the result must have them: then both are read block by block."""
+    zeros_held: int
     probe: Mapping[str, torch.Tensor]
     answer: torch.Tensor | None
     report: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def zeros_held(self) -> int:
-        return len(self.held)
-
-    def check(self, folder: Path) -> int:
-        """Read the written weights again: every held zero must be zero, in its place.
+    def check(self, folder: Path, source: Path) -> int:
+        """Read the written weights again: every held zero must be zero, in its place. Returns their number.
 
         Raises:
             VerificationError: when one is not.
@@ -51,10 +49,13 @@ class Taught:
         model = build_skeleton(folder)
         with CheckpointReader(folder) as reader:
             binding = Binding(model, reader.keys)
-            total = 0
-            for name, mask in self.held.pruned.items():
-                total += HeldZeros({name: mask}).check(binding.load([name], reader))
-        return total
+            if self.held is not None:
+                pruned = self.held.pruned.items()
+                return sum(HeldZeros({name: mask}).check(binding.load([name], reader)) for name, mask in pruned)
+            with CheckpointReader(source) as before:
+                names = [matrix.name for matrix in find_structure(model).matrices if binding.bound(matrix.name)]
+                was = Binding(model, before.keys)
+                return sum(HeldZeros.of(was.load([name], before)).check(binding.load([name], reader)) for name in names)
 
 
 def held_zeros(source: Source, skeleton: transformers.PreTrainedModel) -> HeldZeros:
@@ -66,6 +67,14 @@ def held_zeros(source: Source, skeleton: transformers.PreTrainedModel) -> HeldZe
             names = [matrix.name for matrix in block.matrices if binding.bound(matrix.name)]
             pruned |= HeldZeros.of(binding.load(names, reader)).pruned
     return HeldZeros(pruned)
+
+
+def count_zeros(source: Source, skeleton: transformers.PreTrainedModel) -> int:
+    """Number of zeros that a folder's pruned matrices hold, one matrix in memory at a time."""
+    with CheckpointReader(source.folder) as reader:
+        binding = Binding(skeleton, reader.keys)
+        names = [matrix.name for matrix in find_structure(skeleton).matrices if binding.bound(matrix.name)]
+        return sum(len(HeldZeros.of(binding.load([name], reader))) for name in names)
 
 
 def write_taught(lesson: Lesson, model: Any, source: Source, partial: Path, held: HeldZeros) -> Taught:
@@ -96,7 +105,7 @@ def write_taught(lesson: Lesson, model: Any, source: Source, partial: Path, held
     device = next(model.parameters()).device
     with torch.inference_mode(), padding_token(model, lesson.tokenizer):
         answer = output_tensor(model(**{name: value.to(device) for name, value in probe.items()})).float().cpu()
-    return Taught(shards, zeros, prunable, held, probe, answer)
+    return Taught(shards, zeros, prunable, held, len(held), probe, answer)
 
 
 def _write_like(reader: CheckpointReader, binding: Binding, model: Any, partial: Path) -> dict[str, str]:

@@ -59,16 +59,16 @@ def teach(
         checkpointing=_checkpointing(settings.mode, settings.gradient_checkpointing),
     )  # fmt: skip
     cache = _teacher_cache(lesson, device, dtype, reporter)
-    student = open_student(lesson, source, device)
+    student, new = open_student(lesson, source, device)
     held = named_for(student, held)
     structure = find_structure(student)
     weights = {matrix.name: student.get_parameter(matrix.name) for matrix in structure.matrices}
-    before = [_assess(lesson, student, part) for part in (lesson.split.held_out, lesson.split.train)]
-    model = trainable(lesson, student, held, weights)
     live = None
     if lesson.teacher is not None and cache is None:
         live = load_model(lesson.teacher.source.folder, device=str(device), dtype=_name(dtype))
     objective = _objective(lesson, source, live, dtype)
+    before = [_assess(lesson, student, part, objective) for part in (lesson.split.held_out, lesson.split.train)]
+    model = trainable(lesson, student, held, weights, new)
     tell = Tell(reporter)
     data = _dataset(lesson, lesson.split.train, cache)
     with padding_token(student, lesson.tokenizer) as padding:
@@ -98,10 +98,11 @@ def teach(
     done = steps - (int(resumed.name.rpartition("-")[2]) if resumed else 0)
     # The Trainer's own list, because a resumed run has the losses before the kill in it.
     losses = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
-    del trainer, live, objective, model
+    del trainer, model
     gc.collect()
     student = finished.eval()
-    after = [_assess(lesson, student, part) for part in (lesson.split.held_out, lesson.split.train)]
+    after = [_assess(lesson, student, part, objective) for part in (lesson.split.held_out, lesson.split.train)]
+    del live, objective
     report = _report(lesson, steps, done, tell.seconds, seconds, losses, before, after)
     made = write_taught(lesson, student, source, partial, held)
     made.report = report
@@ -117,7 +118,8 @@ def _teacher_cache(
     assert lesson.teacher is not None
     assert lesson.windows is not None
     windows = lesson.windows[: len(lesson.split.train)]
-    key = cache_key(lesson.teacher.sha256, windows, lesson.settings.top_k, dtype)
+    identity = lesson.teacher.sha256 + lesson.teacher.config_sha256
+    key = cache_key(identity, windows, lesson.settings.top_k, dtype, device.type)
     if cached_folder(key).is_dir():
         reporter.note("the teacher's logits for this text are in the cache")
         return open_cache(key)
@@ -189,9 +191,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def _assess(lesson: Lesson, model: Any, indices: Sequence[int]) -> float | None:
-    """Mean loss of some examples: nats per predicted token, or per label. None where there is nothing to measure."""
-    if not indices or lesson.task == "features":
+def _assess(lesson: Lesson, model: Any, indices: Sequence[int], objective: Any) -> float | None:
+    """Mean loss of some examples: nats per predicted token or label, or the distance of embeddings; None without any.
+
+    Args:
+        objective: what training minimises; it is measured itself for embeddings only, elsewhere what it stands for is.
+    """
+    if not indices:
         return None
     if lesson.windows is not None:
         return perplexity(model, lesson.windows[list(indices)[:_ASSESSED]], reporter=Reporter()).nll_per_token
@@ -200,12 +206,12 @@ def _assess(lesson: Lesson, model: Any, indices: Sequence[int]) -> float | None:
     model.eval()
     device = next(model.parameters()).device
     data, losses = Texts(lesson.tokens or [], lesson.labels, chosen), []
-    objective = LabelObjective("labels")
+    measured = objective if lesson.task == "features" else LabelObjective("labels")
     with torch.inference_mode(), padding_token(model, lesson.tokenizer) as padding:
         for start in range(0, len(chosen), lesson.batch_size):
             rows = [data[index] for index in range(start, min(start + lesson.batch_size, len(chosen)))]
             batch = {name: value.to(device) for name, value in Pad(padding or 0)(rows).items()}
-            losses.append((float(objective(model, batch)), len(rows)))
+            losses.append((float(measured(model, batch)), len(rows)))
     model.train(training)
     return sum(loss * count for loss, count in losses) / len(chosen)
 

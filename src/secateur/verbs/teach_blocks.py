@@ -16,20 +16,19 @@ from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
 from secateur.engine.device import activation_limit
 from secateur.engine.forward import probe_inputs
-from secateur.engine.inputs import batches_of_windows
+from secateur.engine.inputs import inputs_of_window
 from secateur.engine.plan import Plan
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
 from secateur.plugins import make_method
 from secateur.progress import Reporter
 from secateur.recovery.blocks import BlockRecovery, BlockTraining
-from secateur.recovery.zeros import HeldZeros
 from secateur.verbs.lesson import Lesson
 from secateur.verbs.taught import Taught
 
 
 def teach_blocks(
-    lesson: Lesson, source: Source, held: HeldZeros, partial: Path, device: torch.device, dtype: torch.dtype,
+    lesson: Lesson, source: Source, zeros_held: int, partial: Path, device: torch.device, dtype: torch.dtype,
     ledger: Ledger, reporter: Reporter,
 ) -> Taught:  # fmt: skip
     """Train block by block, one block in memory at a time, and write each as it is done.
@@ -47,14 +46,16 @@ def teach_blocks(
         started = time.monotonic()
         with CheckpointWriter(partial, layout_like(reader), resume=bool(ledger.steps)) as writer:
             sink = CheckpointSink(reader, writer, ledger, keys_of)
-            training = BlockTraining(lesson.epochs, lesson.learning_rate, lesson.batch_size)
+            rows = _rows(lesson.batch_size, lesson.length)
+            training = BlockTraining(lesson.epochs, lesson.learning_rate, lesson.batch_size // rows)
             stream = BlockRecovery(
                 model, structure, binding, reader, sink, make_method("magnitude"), Plan(),
                 ActivationStore(activation_limit("auto"), partial), device, dtype, lesson.settings.seed, reporter,
                 teacher=dense, training=training,
             )  # fmt: skip
             probe = probe_inputs(model)
-            batches = batches_of_windows(model, lesson.windows[lesson.split.train])
+            cut = lesson.windows[lesson.split.train].split(rows)
+            batches = [inputs_of_window(model, part) for part in cut]
             result = stream.run(batches, probe)
             sink.copy_rest()
             shards = writer.finish()
@@ -70,11 +71,18 @@ def teach_blocks(
         "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds if seconds else None,
         "block_errors": _block_errors(ledger),
     }  # fmt: skip
-    return Taught(dict(shards), sink.zeros, prunable, held, probe, result.probe, report)
+    return Taught(dict(shards), sink.zeros, prunable, None, zeros_held, probe, result.probe, report)
+
+
+def _rows(batch_size: int, length: int) -> int:
+    """Windows that go through a block together: as many as divide a step and are worth a product."""
+    return max(
+        rows for rows in range(1, batch_size + 1) if batch_size % rows == 0 and rows * length <= max(1024, length)
+    )
 
 
 def _block_errors(ledger: Ledger) -> dict[str, list[float]]:
-    """Error of each block before and after its training, those of a run that was resumed among them."""
+    """Mean error of each block over its first and its last epoch, those before a kill among them."""
     last = {step["block"]: step["matrices"][-1] for step in ledger.steps if step["matrices"]}
     return {
         str(index): [float(matrix["notes"][-1]), matrix["loss"]]
