@@ -31,9 +31,9 @@ class Training:
     minutes: float | None = None
     """Budget in minutes of training, turned into steps by a measurement before it starts."""
     learning_rate: float | None = None
-    """Peak learning rate (full 1.5e-4, lora 1e-3, norms-and-biases 1e-3, blocks 2e-4)."""
+    """Peak learning rate (full 4e-4, lora 1e-3, norms-and-biases 1e-3, blocks 2e-4)."""
     batch_size: int | None = None
-    """Sequences in an optimiser step (2; 16 for labelled texts)."""
+    """Sequences in an optimiser step (1; 2 for blocks; 16 for labelled texts)."""
     sequence_length: int | None = None
     """Tokens in a training window (1024, never more than the model's)."""
     rank: int = 16

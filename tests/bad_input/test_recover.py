@@ -83,7 +83,7 @@ def refused(kind: type[SecateurError], words: str, model: Any, out: Path, **opti
 
 
 def text(root: Path, **changes: Any) -> dict[str, Any]:
-    return {"data": str(root / "text.txt"), "sequence_length": 32, **changes}
+    return {"data": str(root / "text.txt"), "sequence_length": 32, "batch_size": 2, **changes}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_without_flags_the_settings_are_the_defaults(run, recovering):
 GIVEN = {
     "data": "text.txt",
     "mode": "lora",
-    "loss": "lm",
+    "loss": "kd",
     "teacher": "dense",
     "tokens": 5000,
     "learning_rate": 0.002,
@@ -227,7 +227,7 @@ def test_a_real_run_tells_its_cost_first(run, pruned, tmp_path, monkeypatch):
     done = run("recover", str(pruned), "-o", str(tmp_path / "out"), *data, *COMMON)
     assert done.status == 0, done.err
     told = " ".join(done.err.split())
-    for text in ("10 steps of 64 tokens", "s per 1,000 tokens", "in all", "parameters are trained", " MB"):
+    for text in ("20 steps of 32 tokens", "s per 1,000 tokens", "in all", "parameters are trained", " MB"):
         assert text in told, told
     assert f"{secateur.inspect(pruned).parameters:,} parameters" in told
     assert " 0.0 s per 1,000" not in told, "a number that says nothing"

@@ -62,6 +62,8 @@ def _pruned(root: Path, name: str, family: str, *, pattern: str = "unstructured"
 
 def _recover(model: Path, out: Path, root: Path, **changes: Any) -> RecoverResult:
     values = {"sequence_length": 32, "tokens": 640, "evaluate": False, "verify": False, **changes}
+    if "data" not in changes:
+        values.setdefault("batch_size", 2)
     return secateur.recover(model, out, **{"data": str(root / "text.txt"), **values})
 
 

@@ -30,7 +30,7 @@ from secateur.verbs.teacher import Teacher, find_teacher, is_classifier
 
 Task = Literal["language", "labels", "features"]
 
-RATES = {"full": 1.5e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 2e-4}
+RATES = {"full": 4e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 2e-4}
 LABEL_RATES = {"full": 3e-5, "lora": 3e-4, "norms-and-biases": 1e-3}
 EPOCHS = 4
 BLOCK_WINDOWS = 64
@@ -183,7 +183,7 @@ def _loss(settings: Training, task: Task, teacher_known: bool, reporter: Reporte
 def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> None:
     settings = lesson.settings
     lesson.length = window_length(settings.sequence_length, skeleton, 1024)
-    lesson.batch_size = settings.batch_size or 2
+    lesson.batch_size = settings.batch_size or (2 if settings.mode == "blocks" else 1)
     text = load_text(settings.data, "calibration")
     cut = windows(text.text, lesson.tokenizer, lesson.length)
     if int(cut.max()) >= skeleton.config.get_text_config().vocab_size:
