@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -22,6 +21,7 @@ from secateur.errors import CalibrationError, RunError, UnsupportedModelError
 from secateur.plugins import Method, make_method
 from secateur.progress import Reporter
 from secateur.result import PrunedMatrix
+from secateur.seeds import derived_seed
 from secateur.statistics import InputStatistics
 
 Inputs = Mapping[str, torch.Tensor]
@@ -380,7 +380,7 @@ class _Solver:
         spec, target = self._specs[name], self._stream.plan.target(name, expert)
         part = spec.slices(self._final[name])[expert]
         weight = spec.slices(self._source[name])[expert].to(self._stream.device, torch.float32, copy=True).contiguous()
-        generator = torch.Generator().manual_seed(_seed_of(self._stream.seed, name, expert))
+        generator = torch.Generator().manual_seed(derived_seed(self._stream.seed, name, expert))
         solved = method.solve(weight, statistics, target, generator=generator)
         if not torch.isfinite(solved.weight).all():
             raise RunError(f"the method returned NaN or infinity for {name}", hint="use more calibration data")
@@ -393,9 +393,3 @@ class _Solver:
             report.loss = (report.loss or 0.0) + solved.loss
         for note in solved.notes:
             report.notes.append(f"expert {expert}: {note}" if spec.experts else note)
-
-
-def _seed_of(seed: int, name: str, expert: int) -> int:
-    """A seed of its own for every matrix, so that the order of work and a resumed run change nothing."""
-    digest = hashlib.sha256(f"{seed}/{name}/{expert}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -11,7 +11,6 @@ norms and biases are trained as well.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from secateur.engine.stream import BlockStream, Inputs, StreamResult
 from secateur.errors import RunError
 from secateur.recovery.zeros import HeldZeros
 from secateur.result import PrunedMatrix
+from secateur.seeds import derived_seed
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class BlockRecovery(BlockStream):
         per_epoch = math.ceil(len(lanes) / options.batches)
         total, step = options.epochs * per_epoch, 0
         errors: list[float] = []
-        generator = torch.Generator().manual_seed(_seed(self.seed, block.name))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, block.name))
         try:
             for _ in range(options.epochs):
                 order = torch.randperm(len(lanes), generator=generator).tolist()
@@ -181,8 +181,3 @@ def _decay(step: int, total: int) -> float:
     """Linear warm-up over a tenth of the steps, then linear decay to zero."""
     warm = max(1, total // 10)
     return min((step + 1) / warm, (total - step) / max(total - warm, 1), 1.0)
-
-
-def _seed(seed: int, name: str) -> int:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -99,7 +99,7 @@ class Pad:
         return batch
 
 
-def steps_for(tokens: int, batch_size: int, length: int, where: str = "--tokens") -> int:
+def steps_for(tokens: int, batch_size: int, length: int) -> int:
     """Optimiser steps that a budget pays for, rounded down.
 
     Raises:
@@ -108,7 +108,7 @@ def steps_for(tokens: int, batch_size: int, length: int, where: str = "--tokens"
     steps = tokens // (batch_size * length)
     if steps < 1:
         raise UsageError(
-            f"{where} {tokens:,} allows no step: one takes {batch_size} x {length:,} = {batch_size * length:,} tokens",
+            f"--tokens {tokens:,} allows no step: one takes {batch_size} x {length:,} = {batch_size * length:,} tokens",
             hint="give a larger budget, or a smaller --batch-size or --sequence-length",
         )
     return steps

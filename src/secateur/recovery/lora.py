@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import MissingExtraError, UnsupportedModelError
 from secateur.recovery.zeros import HeldZeros
+from secateur.seeds import derived_seed
 
 
 class _MaskedProduct(torch.autograd.Function):
@@ -157,18 +158,11 @@ def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor
         layer.fan_in_fan_out = isinstance(layer.get_base_layer(), Conv1D)
         for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
             factor.data = factor.data.float()
+        own = torch.Generator().manual_seed(derived_seed(seed, path))
         start = torch.empty(layer.lora_A["default"].weight.shape)
-        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=_generator(seed, path))
+        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=own)
         layer.lora_A["default"].weight.data.copy_(start)
     return wrapped
-
-
-def _generator(seed: int, path: str) -> torch.Generator:
-    """Every layer has a start of its own that depends on nothing else."""
-    import hashlib
-
-    digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def merge_adapters(wrapped: Any) -> Any:
