@@ -268,6 +268,10 @@ def time_of_step(trainer: RecoveryTrainer, batch: dict[str, torch.Tensor], accum
     model = trainer.model
     assert isinstance(model, nn.Module)
     model.train()
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if trainer.args.activation_checkpointing and enable is not None:
+        # The Trainer does this when it starts; without it this step would be the one that needs the most memory.
+        enable(activation_checkpointing_kwargs=dict(trainer.args.activation_checkpointing_kwargs or {}))
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     seconds = 0.0
     with torch.random.fork_rng(devices=devices):
