@@ -2,7 +2,7 @@
 
 The losses over a vocabulary compute their own gradient while they compute their value, a few rows at a time: what
 remains in memory is one tensor of the size of the logits, in their number format, instead of the several float32 copies
-that autograd would keep.
+that autograd would keep. It is handed on in place, so a loss can be gone back through once only.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _NextToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0], None
+        return gradient.mul_(outputs[0]), None
 
 
 class _Distillation(torch.autograd.Function):
@@ -60,7 +60,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outputs[0], None, None
+        return gradient.mul_(outputs[0]), None, None
 
 
 def _rest_divergence(z: Tensor, ids: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
