@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from secateur.errors import UsageError
 from secateur.plugins import option_help
 from secateur.recipe import Recipe
 
@@ -58,3 +61,34 @@ Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT_PANEL, help="No progress and no notes; warnings stay.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", rich_help_panel=OUTPUT_PANEL, help="Print the traceback of an error.")]
+
+
+def parse_pairs(flag: str, texts: Sequence[str], example: str) -> dict[str, str]:
+    """Read the ``KEY=VALUE`` texts of a flag.
+
+    Raises:
+        UsageError: for a text without ``=`` or a key given twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise UsageError(f"{flag} '{text}' is not KEY=VALUE", hint=f"for example: {flag} {example}")
+        if key in found:
+            raise UsageError(f"{flag} {key} is given twice", hint="give each one once")
+        found[key] = value.strip()
+    return found
+
+
+def name_of(model: str) -> str:
+    """What the folder of a result is named after when no OUT is given.
+
+    Raises:
+        UsageError: when no name can be made from MODEL.
+    """
+    path = Path(model)
+    name = (path.resolve() if path.name in {"", ".", ".."} else path).name.removesuffix(".gguf")
+    if not name:
+        raise UsageError(f"no folder name can be made from '{model}'", hint="give one with -o OUT")
+    return name

@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from secateur.cli import console, tables
-from secateur.cli.options import CALIBRATION_PANEL, MACHINE_PANEL, OUTPUT_PANEL, Debug, Device, Json, Model, Quiet
+from secateur.cli.options import (
+    CALIBRATION_PANEL,
+    MACHINE_PANEL,
+    OUTPUT_PANEL,
+    Debug,
+    Device,
+    Json,
+    Model,
+    Quiet,
+    name_of,
+    parse_pairs,
+)
 from secateur.cli.options import recipe_option as option
 from secateur.errors import UsageError
 from secateur.progress import Reporter
@@ -187,18 +198,7 @@ def parse_method_options(texts: Sequence[str]) -> dict[str, str]:
     Raises:
         UsageError: for a text without ``=`` or a key given twice.
     """
-    options: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key:
-            raise UsageError(
-                f"--method-option '{text}' is not KEY=VALUE", hint="for example: --method-option damping=0.05"
-            )
-        if key in options:
-            raise UsageError(f"--method-option {key} is given twice", hint="give each option once")
-        options[key] = value.strip()
-    return options
+    return parse_pairs("--method-option", texts, "damping=0.05")
 
 
 def parse_overrides(texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -228,10 +228,6 @@ def default_out(model: str, recipe: Recipe) -> Path:
     Raises:
         UsageError: when no name can be made from MODEL.
     """
-    path = Path(model)
-    name = (path.resolve() if path.name in {"", ".", ".."} else path).name.removesuffix(".gguf")
-    if not name:
-        raise UsageError(f"no folder name can be made from '{model}'", hint="give one with -o OUT")
     pattern = recipe.parsed_pattern
     amount = f"{recipe.effective_sparsity:g}" if pattern.unstructured else f"{pattern.keep}-{pattern.group}"
-    return Path(f"{name}-{recipe.method}-{amount}")
+    return Path(f"{name_of(model)}-{recipe.method}-{amount}")

@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from secateur.cli import console, tables
-from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Model, Quiet
+from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Model, Quiet, name_of, parse_pairs
 from secateur.cli.prune import Measure, MeasureFiles, Overwrite, Resume, Verify
-from secateur.errors import UsageError
 from secateur.plugins import option_help
 from secateur.training import Training
 
@@ -108,18 +107,7 @@ def parse_trainer(texts: Sequence[str]) -> dict[str, str]:
     Raises:
         UsageError: for a text without ``=`` or a key given twice.
     """
-    found: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        key = key.strip().replace("-", "_")
-        if not equals or not key:
-            raise UsageError(
-                f"--trainer '{text}' is not KEY=VALUE", hint="for example: --trainer lr_scheduler_type=linear"
-            )
-        if key in found:
-            raise UsageError(f"--trainer {key} is given twice", hint="give each argument once")
-        found[key] = value.strip()
-    return found
+    return parse_pairs("--trainer", texts, "lr_scheduler_type=linear")
 
 
 def default_out(model: str) -> Path:
@@ -128,8 +116,4 @@ def default_out(model: str) -> Path:
     Raises:
         UsageError: when no name can be made from MODEL.
     """
-    path = Path(model)
-    name = (path.resolve() if path.name in {"", ".", ".."} else path).name.removesuffix(".gguf")
-    if not name:
-        raise UsageError(f"no folder name can be made from '{model}'", hint="give one with -o OUT")
-    return Path(f"{name}-recovered")
+    return Path(f"{name_of(model)}-recovered")

@@ -11,6 +11,24 @@ from secateur.result import RESULT_FILE, Measured, PruneResult, RecoverResult
 def write_card(folder: Path, result: PruneResult) -> None:
     """Write README.md with the metadata block that the Hugging Face hub reads."""
     recipe = result.recipe
+    what = (
+        f"`{result.source['name']}`, pruned by [secateur](https://pypi.org/project/secateur/): method "
+        f"{recipe['method']}, pattern {recipe['pattern']}, {result.sparsity:.2%} of the prunable weights are zero."
+    )
+    _write(folder, result, what, "The whole recipe, versions, hashes and the result for every matrix are")
+
+
+def write_recovery_card(folder: Path, result: RecoverResult) -> None:
+    """The same for a model that was trained after pruning."""
+    what = (
+        f"`{result.student['name']}`, a pruned model, trained by [secateur](https://pypi.org/project/secateur/) on "
+        f"{result.training['tokens']:,} tokens with its {result.zeros_held:,} zeros held: {result.sparsity:.2%} of the "
+        "prunable weights are zero."
+    )
+    _write(folder, result, what, "Settings, losses, versions and hashes are")
+
+
+def _write(folder: Path, result: PruneResult | RecoverResult, what: str, rest: str) -> None:
     lines = [
         "---",
         "library_name: transformers",
@@ -19,8 +37,7 @@ def write_card(folder: Path, result: PruneResult) -> None:
         "",
         f"# {Path(result.out).name}",
         "",
-        f"`{result.source['name']}`, pruned by [secateur](https://pypi.org/project/secateur/): method "
-        f"{recipe['method']}, pattern {recipe['pattern']}, {result.sparsity:.2%} of the prunable weights are zero.",
+        what,
         "",
         "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it, secateur is not needed.",
         "",
@@ -35,41 +52,7 @@ def write_card(folder: Path, result: PruneResult) -> None:
         *_lines(result.protocol),
         f"- verified after writing: {'yes' if result.verified else 'no'}",
         "",
-        f"The whole recipe, versions, hashes and the result for every matrix are in `{RESULT_FILE}`.",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def write_recovery_card(folder: Path, result: RecoverResult) -> None:
-    """The same for a model that was trained after pruning."""
-    training, protocol = result.training, dict(result.protocol)
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [pruned, sparse, secateur]",
-        "---",
-        "",
-        f"# {Path(result.out).name}",
-        "",
-        f"`{result.student['name']}`, a pruned model, trained by [secateur](https://pypi.org/project/secateur/) on "
-        f"{training['tokens']:,} tokens with its {result.zeros_held:,} zeros held: {result.sparsity:.2%} of the "
-        "prunable weights are zero.",
-        "",
-        "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it, secateur is not needed.",
-        "",
-        "| | before | after |",
-        "|---|---|---|",
-        *(f"| {title} | {before} | {after} |" for title, before, after in _rows(result.before, result.after)),
-        "",
-        *(f"- {sentence}" for sentence in result.verdict),
-        "",
-        "## How it was made",
-        "",
-        *_lines(protocol),
-        f"- verified after writing: {'yes' if result.verified else 'no'}",
-        "",
-        f"Settings, losses, versions and hashes are in `{RESULT_FILE}`.",
+        f"{rest} in `{RESULT_FILE}`.",
         "",
     ]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
