@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -280,6 +281,47 @@ def test_disk_that_is_too_small(root: Path, tmp_path: Path, monkeypatch: pytest.
     refused(DiskSpaceError, f"{3 * weights:,}", root / "dense-pruned", tmp_path / "out", **text(root))
     told = text(root, mode="norms-and-biases", tokens=64)
     secateur.recover(root / "dense-pruned", tmp_path / "out", evaluate=False, verify=False, **told)
+
+
+def test_disk_that_fills_while_it_trains(root: Path, tmp_path: Path) -> None:
+    """No file may grow past the weights: the optimiser's state cannot be written, and what was kept can be resumed."""
+    pruned, out = root / "dense-pruned", tmp_path / "out"
+    limit = 3 * (pruned / "model.safetensors").stat().st_size // 2
+    program = (
+        "import resource, sys; from secateur.cli.app import entry; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)), resource.RLIM_INFINITY)); entry()"
+    )
+    told = ["recover", str(pruned), "-o", str(out), "--data", str(root / "text.txt"), "--tokens", "320", "--quiet"]
+    told += ["--sequence-length", "32", "--save-minutes", "1e-9", "--no-evaluate", "--no-verify"]
+
+    def run(most: int, *more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", program, str(most), *told, *more]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    full = run(limit)
+    assert full.returncode == 1, full.stderr
+    assert "a checkpoint could not be written" in full.stderr
+    assert "--resume" in full.stderr
+    assert not out.exists()
+    assert out.with_name("out.partial").is_dir()
+    resumed = run(1 << 40, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (out / "model.safetensors").is_file()
+
+
+def test_settings_that_nothing_looks_at(root: Path, tmp_path: Path) -> None:
+    """They are named in a warning, and those that count are not."""
+    told = text(root, tokens=128, evaluate=False, verify=False)
+    for number, (changes, named) in enumerate(
+        [
+            ({"rank": 4, "loss": "lm", "top_k": 8}, {"--rank", "--top-k"}),
+            ({"mode": "blocks", "save_minutes": 3.0, "gradient_checkpointing": "on"},
+             {"--save-minutes", "--gradient-checkpointing"}),
+            ({"mode": "lora", "rank": 4, "top_k": 8, "save_minutes": 3.0}, set()),
+        ]
+    ):  # fmt: skip
+        result = secateur.recover(root / "dense-pruned", tmp_path / f"out-{number}", **told, **changes)
+        assert {line.split()[0] for line in result.warnings if "no effect" in line} == named
 
 
 def test_output_folder_that_cannot_be(root: Path, tmp_path: Path) -> None:

@@ -6,12 +6,18 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import secateur
+from secateur.corpus.windows import windows
 from secateur.engine.activations import ActivationStore
 from secateur.engine.stream import BlockStream
+from secateur.measure.model import load_model
+from secateur.measure.perplexity import perplexity
+from secateur.progress import Reporter
 from secateur.recovery.blocks import BlockRecovery, _decay
+from secateur.recovery.data import split
 from tests.models import save_tiny
 
 
@@ -146,3 +152,22 @@ def test_spilled_activations_change_nothing(pruned, monkeypatch):
     names = ("kept", "spilled")
     weights = [(pruned.parent / name / "model.safetensors").read_bytes() for name in names]
     assert weights[0] == weights[1]
+
+
+def test_losses_and_costs_are_told(pruned):
+    """The streamed losses are those of the stock model on the same windows, and the cost is told before the work."""
+    notes = []
+    reporter = Reporter()
+    reporter.note = notes.append
+    result = run(pruned, held_out=0.3, epochs=2, learning_rate=3e-3, reporter=reporter)
+    assert any("s per 1,000 tokens" in note and "3 blocks" in note for note in notes)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(pruned)
+    cut = windows((pruned.parent / "text.txt").read_text(), tokenizer, 32)
+    parts = split(len(cut), 0.3, shuffle=False, seed=0)
+    for when, folder in (("_before", pruned), ("", pruned.parent / "out")):
+        model = load_model(folder, device="cpu", dtype="float32")
+        for name, part in (("held_out_loss", parts.held_out), ("trained_text_loss", parts.train)):
+            wanted = perplexity(model, cut[part[:16]]).nll_per_token
+            assert result.training[name + when] == pytest.approx(wanted, rel=1e-5)
+    gap = result.training["held_out_loss"] - result.training["trained_text_loss"]
+    assert result.training["generalisation_gap"] == pytest.approx(gap)

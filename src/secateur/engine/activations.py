@@ -44,10 +44,11 @@ class Watcher(TorchFunctionMode):
             foreign = {_address(tensor) for tensor in _tensors((args, kwargs)) if id(tensor) not in self._seen}
             for tensor in made:
                 if tensor.device.type != "meta" and _address(tensor) not in foreign:
-                    self._remember(tensor)
+                    self.remember(tensor)
         return result
 
-    def _remember(self, tensor: torch.Tensor) -> None:
+    def remember(self, tensor: torch.Tensor) -> None:
+        """Note a tensor that nobody else uses."""
         seen, key = self._seen, id(tensor)
         seen[key] = weakref.ref(tensor, lambda _: seen.pop(key, None))
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader
 from secateur.engine.blocks import Structure, find_structure
+from secateur.engine.capture import AtBlock, Capture, Finished, Lane
+from secateur.engine.device import activation_limit, trim_memory
+from secateur.engine.inputs import inputs_of_window, output_tensor
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import build_skeleton
+from secateur.engine.skeleton import buffers_to, build_skeleton, declare_dtype, drop_tensor
 from secateur.engine.stream import BlockStream
 from secateur.plugins import make_method
 from secateur.result import PrunedMatrix
@@ -84,6 +88,77 @@ def stream_forward(folder: Path, inputs: Mapping[str, torch.Tensor]) -> torch.Te
     model = build_skeleton(folder)
     with CheckpointReader(folder) as reader:
         return _forward(model, find_structure(model), Binding(model, reader.keys), _Stored(reader), inputs)
+
+
+def stream_losses(folder: Path, windows: torch.Tensor, device: torch.device, scratch: Path) -> list[float]:
+    """Mean loss of each window in nats per predicted token, one block of weights in memory at a time.
+
+    Args:
+        windows: (count, length) int64 token ids of a causal language model, e.g. (16, 1024).
+        scratch: folder for activations that do not fit in memory.
+
+    Raises:
+        CheckpointError: when the weights do not belong to the config.
+    """
+
+    def loss(output: Any, ids: torch.Tensor) -> float:
+        logits = output_tensor(output)[0, :-1]
+        parts = zip(logits.split(_POSITIONS), ids[1:].to(logits.device).split(_POSITIONS), strict=True)
+        return sum(float(F.cross_entropy(z.float(), y, reduction="sum")) for z, y in parts) / (len(ids) - 1)
+
+    model = build_skeleton(folder)
+    with CheckpointReader(folder) as reader:
+        source, store = _Stored(reader), ActivationStore(activation_limit("auto"), scratch)
+        binding, structure = Binding(model, reader.keys), find_structure(model)
+        stream = _Forwards(
+            model, structure, binding, source, _ReadOnly(source), make_method("magnitude"), Plan(), store, device
+        )
+        batches = [inputs_of_window(model, window[None]) for window in windows]
+        return stream.outputs(batches, lambda index, output: loss(output, windows[index]))
+
+
+_POSITIONS = 256
+"""Positions whose logits are float32 at once."""
+
+
+class _Forwards(BlockStream):
+    """Several forwards through a whole model, head included; nothing is pruned."""
+
+    def outputs(self, batches: Sequence[Mapping[str, torch.Tensor]], take: Callable[[int, Any], float]) -> list[float]:
+        """What ``take`` makes of the number and the output of every forward; outputs are not kept."""
+        lanes = [self._lane(batch, observed=False) for batch in batches]
+        taken: dict[int, float] = {}
+        try:
+            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
+                declare_dtype(self.model, self.compute_dtype)
+                self._load_buffers()
+                buffers_to(self.model, self.device)
+                for lane in lanes:
+                    self._advance(lane)
+                self._release_outside()
+                while waiting := {lane.event.index for lane in lanes if isinstance(lane.event, AtBlock)}:
+                    block = self.structure.blocks[min(waiting)]
+                    names = [name for name in block.tensors if self.binding.bound(name)]
+                    self._install(block, self.binding.load(names, self.source), self.compute_dtype, frozen=True)
+                    for index, lane in enumerate(lanes):
+                        if lane.event == AtBlock(block.index):
+                            self._advance(lane)
+                            if isinstance(lane.event, Finished):
+                                taken[index] = take(index, lane.event.output)
+                                lane.event = None
+                    for name in names:
+                        drop_tensor(self.model, name)
+                    self._release_outside()
+                    trim_memory()
+        finally:
+            self._end(lanes)
+        return [taken[index] for index in range(len(lanes))]
+
+    def _end(self, lanes: Sequence[Lane]) -> None:
+        for lane in lanes:
+            lane.stop()
+        self._release_outside()
+        self.store.close()
 
 
 def rehearse(

@@ -12,6 +12,7 @@ norms and biases are trained as well.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from secateur.checkpoint.reader import CheckpointReader
+from secateur.engine.activations import Watcher
 from secateur.engine.blocks import Block
 from secateur.engine.capture import AtBlock, Lane
 from secateur.engine.inputs import output_tensor
@@ -39,6 +41,8 @@ class BlockTraining:
     batches: int = 2
     """Calibration batches in an optimiser step."""
     weight_decay: float = 0.0
+    tokens: int = 0
+    """Tokens in an optimiser step, for telling what a run costs."""
 
 
 @dataclass
@@ -49,6 +53,11 @@ class BlockRecovery(BlockStream):
     training: BlockTraining = field(default_factory=BlockTraining)
     losses: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Block index -> mean relative squared error over its first and its last epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._told = False
+        self._targets: list[_Target] = []
 
     def run(self, batches: Sequence[Inputs], probe: Inputs | None = None) -> StreamResult:
         self._dense = [self._lane(batch, observed=False) for batch in batches]
@@ -63,9 +72,11 @@ class BlockRecovery(BlockStream):
         try:
             return super()._block(block, lanes, prober)
         finally:
+            for target in self._targets:
+                self.store.forget(target.watcher)
             self._targets = []
 
-    def _dense_outputs(self, block: Block) -> list[torch.Tensor]:
+    def _dense_outputs(self, block: Block) -> list[_Target]:
         """Take the dense forwards through a block; what it gave each of them."""
         assert self.teacher is not None
         ours, self.source = self.source, self.teacher
@@ -82,8 +93,9 @@ class BlockRecovery(BlockStream):
             for lane in here:
                 lane.keep_output = True
                 self._advance(lane)
-                outputs.append(lane.output)
+                outputs.append(_Target(lane.output))
                 lane.keep_output, lane.output = False, None
+                self.store.park(outputs[-1].watcher)
             return outputs
         finally:
             self._release_outside()
@@ -131,12 +143,14 @@ class BlockRecovery(BlockStream):
                 order = torch.randperm(len(lanes), generator=generator).tolist()
                 losses = []
                 for start in range(0, len(order), options.batches):
+                    started = time.monotonic()
                     chosen = order[start : start + options.batches]
                     for index in chosen:
                         with torch.enable_grad():
                             loss = self._error(module, lanes[index], self._targets[index])
                             (loss / len(chosen)).backward()
                         self.store.park(lanes[index].watcher)
+                        self.store.park(self._targets[index].watcher)
                         losses.append(float(loss))
                     if not math.isfinite(sum(losses)):
                         raise RunError(
@@ -149,6 +163,8 @@ class BlockRecovery(BlockStream):
                     optimizer.zero_grad(set_to_none=True)
                     held.clear_weights(self.model)
                     step += 1
+                    if step == 2 or total == 1:  # the first one warms up
+                        self._tell(time.monotonic() - started, total, parameters)
                 errors.append(sum(losses) / len(losses))
         finally:
             for handle in handles:
@@ -160,9 +176,25 @@ class BlockRecovery(BlockStream):
                 raise RunError(f"{name} does not fit {made.dtype} any more", hint="use a smaller --learning-rate")
             final[name] = made
 
-    def _error(self, module: nn.Module, lane: Lane, target: torch.Tensor) -> torch.Tensor:
+    def _tell(self, seconds: float, steps: int, parameters: Sequence[torch.Tensor]) -> None:
+        """Say once, from a measured step, what the run costs."""
+        if self._told:
+            return
+        self._told = True
+        blocks = len(self.structure.blocks)
+        each = 1000 * blocks * seconds / max(self.training.tokens, 1)
+        numbers = sum(parameter.numel() for parameter in parameters)
+        self.reporter.note(
+            f"{steps} steps of {self.training.tokens:,} tokens for each of {blocks} blocks: {each:.3g} s per 1,000 "
+            f"tokens, about {duration(blocks * steps * seconds)} in all; {numbers:,} parameters are trained at a time, "
+            f"which take {16 * numbers / 1e6:,.0f} MB with gradients and optimiser"
+        )
+
+    def _error(self, module: nn.Module, lane: Lane, wanted: _Target) -> torch.Tensor:
         """Mean over tokens of |output - target|² / |target|²."""
         self.store.unpark(lane.watcher)
+        self.store.unpark(wanted.watcher)
+        target = wanted.output
         assert lane.call is not None
         args, kwargs = lane.call
         kind = self.device.type
@@ -170,6 +202,20 @@ class BlockRecovery(BlockStream):
             output = output_tensor(module(*args, **kwargs))
         error = (output.float() - target.float()).square().sum(-1)
         return (error / target.float().square().sum(-1).clamp_min(1e-6)).mean()
+
+
+class _Target:
+    """What the dense block gave for one batch; it can be spilled like the activations of a forward."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        self.output = output
+        self.watcher = Watcher()
+        self.watcher.remember(output)
+
+
+def duration(seconds: float) -> str:
+    """Seconds or minutes, as people say them."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _master(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -28,46 +28,43 @@ class _MaskedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, pruned: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, held: bool,
         scale: float, transposed: bool, dtype: torch.dtype,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight, a, b, *([] if pruned is None else [pruned]))
-        ctx.scale, ctx.transposed, ctx.dtype = scale, transposed, dtype
-        total = merged_weight(weight, a, b, pruned, scale, transposed).to(dtype)
+        ctx.save_for_backward(x, weight, a, b)
+        ctx.held, ctx.scale, ctx.transposed, ctx.dtype = held, scale, transposed, dtype
+        total = merged_weight(weight, a, b, held, scale, transposed).to(dtype)
         return F.linear(x.to(dtype), total.T if transposed else total, None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
-        x, weight, a, b, *rest = ctx.saved_tensors
-        pruned = rest[0] if rest else None
+        x, weight, a, b = ctx.saved_tensors
         dy = outputs[0].to(ctx.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            total = merged_weight(weight, a, b, pruned, ctx.scale, ctx.transposed).to(ctx.dtype)
+            total = merged_weight(weight, a, b, ctx.held, ctx.scale, ctx.transposed).to(ctx.dtype)
             dx = (dy @ (total.T if ctx.transposed else total)).to(x.dtype)
             del total
         delta = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # (out, in)
         delta = delta.float()
-        if pruned is not None:
-            delta.masked_fill_(pruned.T if ctx.transposed else pruned, 0)
+        if ctx.held:
+            delta.masked_fill_((weight.T if ctx.transposed else weight) == 0, 0)
         delta *= ctx.scale
         return dx, None, None, b.float().T @ delta, delta @ a.float().T, None, None, None, None
 
 
-def merged_weight(
-    weight: Tensor, a: Tensor, b: Tensor, pruned: Tensor | None, scale: float, transposed: bool = False
-) -> Tensor:
-    """W + M∘(s·BA) in W's number format; exactly +0.0 where ``pruned``.
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, held: bool, scale: float, transposed: bool = False) -> Tensor:
+    """W + M∘(s·BA) in W's number format; exactly +0.0 where W is zero and ``held``.
 
     Args:
         weight: (out, in), or (in, out) when ``transposed``.
         a: (rank, in); b: (out, rank).
-        pruned: bool, the shape of ``weight``, True where the weight stays zero; None when nothing does.
+        held: whether the zeros of ``weight`` stay; it is frozen, so it is its own mask.
     """
     with torch.autocast(weight.device.type, enabled=False):  # the same sum in training and in merging
         delta = (b.float() @ a.float()).mul_(scale)
     total = (delta.T if transposed else delta).add(weight.float()).to(weight.dtype)
-    return total if pruned is None else total.masked_fill_(pruned, 0)
+    return total.masked_fill_(weight == 0, 0) if held else total
 
 
 def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor], *, rank: int, seed: int) -> Any:
@@ -93,7 +90,7 @@ def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor
     for name in weights:
         owner, _, leaf = name.rpartition(".")
         if leaf == "weight" and isinstance(model.get_submodule(owner), nn.Linear | Conv1D):
-            layers[owner] = held.pruned.get(name)
+            layers[owner] = name in held.pruned
     if not layers:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no linear layer for an adapter", hint="use --mode full or blocks"
@@ -104,7 +101,8 @@ def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor
 
         def __init__(self, base_layer: nn.Module, adapter_name: str, **options: Any) -> None:
             super().__init__(base_layer, adapter_name, **options)
-            self.pruned: Tensor | None = None
+            self.held = False
+            """Whether the zeros of the layer below stay zero."""
 
         def get_delta_weight(self, adapter: str) -> Tensor:
             base = self.get_base_layer().weight
@@ -113,12 +111,7 @@ def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor
 
         def _total(self, adapter: str, base: Tensor) -> Tensor:
             a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            return merged_weight(base, a, b, self._mask(base), self.scaling[adapter], self.fan_in_fan_out)
-
-        def _mask(self, base: Tensor) -> Tensor | None:
-            if self.pruned is not None and self.pruned.device != base.device:
-                self.pruned = self.pruned.to(base.device)
-            return self.pruned
+            return merged_weight(base, a, b, self.held, self.scaling[adapter], self.fan_in_fan_out)
 
         def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
             """Write the masked sum itself: adding and subtracting would round the kept weights twice."""
@@ -138,7 +131,7 @@ def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else base.weight.dtype
             product: Tensor = _MaskedProduct.apply(
                 x, base.weight, base.bias, self.lora_A[adapter].weight, self.lora_B[adapter].weight,
-                self._mask(base.weight), self.scaling[adapter], self.fan_in_fan_out, dtype,
+                self.held, self.scaling[adapter], self.fan_in_fan_out, dtype,
             )  # fmt: skip
             return product
 
@@ -151,10 +144,10 @@ def add_adapters(model: nn.Module, held: HeldZeros, weights: Mapping[str, Tensor
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, config)
-    for path, pruned in layers.items():
+    for path, keeps_zeros in layers.items():
         layer = wrapped.base_model.model.get_submodule(path)
         assert isinstance(layer, MaskedLora)
-        layer.pruned = pruned
+        layer.held = keeps_zeros
         layer.fan_in_fan_out = isinstance(layer.get_base_layer(), Conv1D)
         for factor in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
             factor.data = factor.data.float()

@@ -112,6 +112,7 @@ def plan_lesson(
         _running_text(lesson, skeleton)
     else:
         _single_texts(lesson, source, skeleton, labelled)
+    _tell_inert(lesson, reporter)
     lesson.protocol |= {
         "loss": "relative error of block outputs" if settings.mode == "blocks" else loss,
         "mode": settings.mode,
@@ -121,6 +122,21 @@ def plan_lesson(
         "teacher": teacher.source.name if teacher else "none",
     }
     return lesson
+
+
+def _tell_inert(lesson: Lesson, reporter: Reporter) -> None:
+    """Warn of settings that were changed and that nothing in this run looks at."""
+    settings, blocks = lesson.settings, lesson.settings.mode == "blocks"
+    looked_at = {
+        "rank": settings.mode == "lora",
+        "top_k": lesson.task == "language" and lesson.loss in ("kd", "kd+hidden") and not blocks,
+        "gradient_checkpointing": not blocks,
+        "save_minutes": not blocks,
+    }
+    for name, used in looked_at.items():
+        if not used and getattr(settings, name) != getattr(Training, name):
+            flag = "--" + name.replace("_", "-")
+            reporter.warn(f"{flag} has no effect with --mode {settings.mode} and this loss")
 
 
 def _labelled(settings: Training, skeleton: transformers.PreTrainedModel) -> Labelled | None:

@@ -36,7 +36,6 @@ from secateur.errors import (
 )
 from secateur.progress import Recorder, Reporter
 from secateur.recovery.trainer import last_checkpoint
-from secateur.recovery.zeros import HeldZeros
 from secateur.result import RESULT_FILE, Measured, RecoverResult, write_json
 from secateur.training import Training
 from secateur.verbs.card import write_recovery_card
@@ -44,7 +43,7 @@ from secateur.verbs.evaluate import read_files
 from secateur.verbs.lesson import Lesson, plan_lesson
 from secateur.verbs.prune import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import measured_model
-from secateur.verbs.taught import Taught, count_zeros, held_zeros
+from secateur.verbs.taught import Taught, count_zeros
 from secateur.verbs.teach import teach
 from secateur.verbs.teach_blocks import teach_blocks
 from secateur.verbs.verdict import recovery_sentences
@@ -112,8 +111,7 @@ def recover(
         _check_measuring(evaluate, measure_data, files)
         lesson = plan_lesson(chosen, opened.source, opened.skeleton, opened.sha256, opened.result, recorder)
         blocks = chosen.mode == "blocks"
-        held = HeldZeros({}) if blocks else held_zeros(opened.source, opened.skeleton)
-        zeros = count_zeros(opened.source, opened.skeleton) if blocks else len(held)
+        zeros = count_zeros(opened.source, opened.skeleton)
         if not zeros and not dense:
             raise UsageError(
                 f"{opened.source.name} has no zeros: there is no pattern to hold",
@@ -128,7 +126,7 @@ def recover(
             if blocks:
                 taught = teach_blocks(lesson, opened.source, zeros, *where)
             else:
-                taught = teach(lesson, opened.source, held, *where)
+                taught = teach(lesson, opened.source, opened.skeleton, *where)
             copy_side_files(opened.source.folder, folder.partial)
             peak, seconds = peak_rss_bytes(), time.monotonic() - started
             verification = _verified(folder.partial, opened.source.folder, taught, recorder) if verify else {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,26 @@ class Taught:
                 names = [matrix.name for matrix in find_structure(model).matrices if binding.bound(matrix.name)]
                 was = Binding(model, before.keys)
                 return sum(HeldZeros.of(was.load([name], before)).check(binding.load([name], reader)) for name in names)
+
+
+ASSESSED = 16
+"""Windows on which training and held-out loss are measured."""
+
+
+def generalisation(before: Sequence[float | None], after: Sequence[float | None]) -> dict[str, float | None]:
+    """Losses (on text that was held out, on text that was trained on) before and after, and their differences."""
+
+    def gap(held_out: float | None, seen: float | None) -> float | None:
+        return None if held_out is None or seen is None else held_out - seen
+
+    return {
+        "held_out_loss_before": before[0],
+        "held_out_loss": after[0],
+        "trained_text_loss_before": before[1],
+        "trained_text_loss": after[1],
+        "generalisation_gap_before": gap(*before),
+        "generalisation_gap": gap(*after),
+    }
 
 
 def held_zeros(source: Source, skeleton: transformers.PreTrainedModel) -> HeldZeros:

@@ -20,6 +20,7 @@ from secateur.measure.model import load_model, quiet_loading
 from secateur.measure.perplexity import perplexity
 from secateur.measure.texts import padding_token
 from secateur.progress import Reporter
+from secateur.recovery.blocks import duration
 from secateur.recovery.data import Pad, Texts, Windows, stack
 from secateur.recovery.lora import merge_adapters
 from secateur.recovery.objectives import FeatureObjective, LabelObjective, LanguageObjective
@@ -33,20 +34,19 @@ from secateur.recovery.trainer import (
     time_of_step,
     training_arguments,
 )
-from secateur.recovery.zeros import HeldZeros
 from secateur.verbs.lesson import Lesson
 from secateur.verbs.student import named_for, open_student, trainable
-from secateur.verbs.taught import Taught, write_taught
-
-_ASSESSED = 16
-"""Windows on which training and held-out loss are measured."""
+from secateur.verbs.taught import ASSESSED, Taught, generalisation, held_zeros, write_taught
 
 
 def teach(
-    lesson: Lesson, source: Source, held: HeldZeros, partial: Path, device: torch.device, dtype: torch.dtype,
-    ledger: Ledger, reporter: Reporter,
+    lesson: Lesson, source: Source, skeleton: transformers.PreTrainedModel, partial: Path, device: torch.device,
+    dtype: torch.dtype, ledger: Ledger, reporter: Reporter,
 ) -> Taught:  # fmt: skip
     """Train with the Hugging Face Trainer and write the result into ``partial``.
+
+    Args:
+        skeleton: the pruned model without weights.
 
     Raises:
         RunError: a loss that is not finite, or a full disk; the last checkpoint can be resumed.
@@ -60,7 +60,7 @@ def teach(
     )  # fmt: skip
     cache = _teacher_cache(lesson, device, dtype, reporter)
     student, new = open_student(lesson, source, device)
-    held = named_for(student, held)
+    held = named_for(student, held_zeros(source, skeleton))
     structure = find_structure(student)
     weights = {matrix.name: student.get_parameter(matrix.name) for matrix in structure.matrices}
     live = None
@@ -77,8 +77,9 @@ def teach(
             model=model, args=arguments, train_dataset=data, data_collator=collate, objective=objective,
             callbacks=[Checkpoints(settings.save_minutes), tell],
         )  # fmt: skip
-        if settings.mode != "lora":
+        if settings.mode == "full":
             trainer.add_callback(HoldZeros(held, student))
+        del held  # where the pruned matrices are frozen, their masks are a tenth of all memory for nothing
         trainer.remove_callback(transformers.PrinterCallback)
         steps, seconds = _budget(lesson, trainer, collate, data, ledger, reporter)
         arguments.max_steps = steps
@@ -104,7 +105,7 @@ def teach(
     after = [_assess(lesson, student, part, objective) for part in (lesson.split.held_out, lesson.split.train)]
     del live, objective
     report = _report(lesson, steps, done, tell.seconds, seconds, losses, before, after)
-    made = write_taught(lesson, student, source, partial, held)
+    made = write_taught(lesson, student, source, partial, named_for(student, held_zeros(source, skeleton)))
     made.report = report
     return made
 
@@ -181,14 +182,10 @@ def _budget(
     rate = f"{each:.1f}" if each >= 1 else f"{each:.2g}"
     reporter.note(
         f"{steps} steps of {tokens:,} tokens: {rate} s per 1,000 tokens, about "
-        f"{_duration(steps * seconds)} in all; {trained:,} parameters are trained, whose gradients and optimiser take "
+        f"{duration(steps * seconds)} in all; {trained:,} parameters are trained, whose gradients and optimiser take "
         f"{12 * trained / 1e6:,.0f} MB"
     )
     return steps, seconds
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def _assess(lesson: Lesson, model: Any, indices: Sequence[int], objective: Any) -> float | None:
@@ -200,8 +197,8 @@ def _assess(lesson: Lesson, model: Any, indices: Sequence[int], objective: Any) 
     if not indices:
         return None
     if lesson.windows is not None:
-        return perplexity(model, lesson.windows[list(indices)[:_ASSESSED]], reporter=Reporter()).nll_per_token
-    chosen = list(indices)[: 8 * _ASSESSED]
+        return perplexity(model, lesson.windows[list(indices)[:ASSESSED]], reporter=Reporter()).nll_per_token
+    chosen = list(indices)[: 8 * ASSESSED]
     training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -229,14 +226,5 @@ def _report(
         "expected_seconds": steps * step_seconds,
         "training_loss": losses[-1][1] if losses else None,
         "losses": losses,
-        "held_out_loss_before": before[0],
-        "held_out_loss": after[0],
-        "trained_text_loss_before": before[1],
-        "trained_text_loss": after[1],
-        "generalisation_gap_before": _gap(*before),
-        "generalisation_gap": _gap(*after),
+        **generalisation(before, after),
     }
-
-
-def _gap(held_out: float | None, seen: float | None) -> float | None:
-    return None if held_out is None or seen is None else held_out - seen

@@ -15,7 +15,7 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
 from secateur.engine.device import activation_limit
-from secateur.engine.forward import probe_inputs
+from secateur.engine.forward import probe_inputs, stream_losses
 from secateur.engine.inputs import inputs_of_window
 from secateur.engine.plan import Plan
 from secateur.engine.sink import CheckpointSink
@@ -24,7 +24,7 @@ from secateur.plugins import make_method
 from secateur.progress import Reporter
 from secateur.recovery.blocks import BlockRecovery, BlockTraining
 from secateur.verbs.lesson import Lesson
-from secateur.verbs.taught import Taught
+from secateur.verbs.taught import ASSESSED, Taught, generalisation
 
 
 def teach_blocks(
@@ -40,6 +40,7 @@ def teach_blocks(
     assert lesson.windows is not None
     model = build_skeleton(source.folder)
     structure = find_structure(model)
+    before = _assess(lesson, source.folder, device, partial)
     with CheckpointReader(source.folder) as reader, CheckpointReader(lesson.teacher.source.folder) as dense:
         binding = Binding(model, reader.keys)
         keys_of = {block.index: binding.keys_of(block.tensors) for block in structure.blocks}
@@ -47,7 +48,9 @@ def teach_blocks(
         with CheckpointWriter(partial, layout_like(reader), resume=bool(ledger.steps)) as writer:
             sink = CheckpointSink(reader, writer, ledger, keys_of)
             rows = _rows(lesson.batch_size, lesson.length)
-            training = BlockTraining(lesson.epochs, lesson.learning_rate, lesson.batch_size // rows)
+            training = BlockTraining(
+                lesson.epochs, lesson.learning_rate, lesson.batch_size // rows, tokens=lesson.tokens_per_step
+            )
             stream = BlockRecovery(
                 model, structure, binding, reader, sink, make_method("magnitude"), Plan(),
                 ActivationStore(activation_limit("auto"), partial), device, dtype, lesson.settings.seed, reporter,
@@ -69,9 +72,20 @@ def teach_blocks(
         prunable = {key: written.info(key).numel for key in keys}
     report = {
         "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds if seconds else None,
-        "block_errors": _block_errors(ledger),
+        "block_errors": _block_errors(ledger), **generalisation(before, _assess(lesson, partial, device, partial)),
     }  # fmt: skip
     return Taught(dict(shards), sink.zeros, prunable, None, zeros_held, probe, result.probe, report)
+
+
+def _assess(lesson: Lesson, folder: Path, device: torch.device, scratch: Path) -> list[float | None]:
+    """Mean loss on text that is held out and on text that is trained on, streamed as well."""
+    assert lesson.windows is not None
+    parts = [part[:ASSESSED] for part in (lesson.split.held_out, lesson.split.train)]
+    if not type(build_skeleton(folder)).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        return [None, None]  # an encoder predicts no next token
+    losses = stream_losses(folder, lesson.windows[[*parts[0], *parts[1]]], device, scratch)
+    halves = losses[: len(parts[0])], losses[len(parts[0]) :]
+    return [sum(half) / len(half) if half else None for half in halves]
 
 
 def _rows(batch_size: int, length: int) -> int:
