@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,15 @@ def parts(data: Path, count: int, folder: Path) -> list[Path]:
 
 
 def prune(
-    name: str, out: Path, data: Path, compute_dtype: str = "auto", *, calibration: Path | None = None
-) -> _common.Run:
+    name: str, out: Path, data: Path, compute_dtype: str | None = None, *, calibration: Path | None = None,
+    more: Sequence[str] = (),
+) -> _common.Run:  # fmt: skip
     """Prune the demo model by the first windows of the validation text; ``name`` is a method, with N:M if it has it."""
     method, _, pattern = name.partition(" ")
     arguments = ["prune", "demo", "-o", str(out), "--method", method, "--overwrite", "--quiet"]
     arguments += ["--calibration", str(calibration or data / "wikitext2-valid.txt"), "--samples", str(SAMPLES)]
-    arguments += ["--sequence-length", str(LENGTH), "--compute-dtype", compute_dtype, "--no-verify", "--no-evaluate"]
+    arguments += ["--sequence-length", str(LENGTH), "--no-verify", "--no-evaluate", *more]
+    arguments += ["--compute-dtype", compute_dtype] if compute_dtype else []
     return _common.secateur(*arguments, *(["--pattern", pattern] if pattern else ["--sparsity", "0.5"]))
 
 

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from secateur.criteria.obs import Obs
     from secateur.methods.magnitude import Magnitude
     from secateur.methods.random import Random
     from secateur.methods.sparsegpt import SparseGPT
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Magnitude": "secateur.methods.magnitude",
+    "Obs": "secateur.criteria.obs",
     "Override": "secateur.recipe",
     "Random": "secateur.methods.random",
     "Recipe": "secateur.recipe",
@@ -42,6 +44,7 @@ _HOMES = {
 
 __all__ = [
     "Magnitude",
+    "Obs",
     "Override",
     "Random",
     "Recipe",

@@ -20,6 +20,7 @@ from secateur.patterns import UNSTRUCTURED, Pattern, check_sparsity
 if TYPE_CHECKING:
     import torch
 
+    from secateur.least_squares import Quadratic
     from secateur.statistics import InputStatistics
 
 StatisticsKind = Literal["none", "norms", "gram"]
@@ -62,6 +63,59 @@ class Method(Protocol):
     def solve(
         self, weight: torch.Tensor, stats: InputStatistics | None, target: Target, *, generator: torch.Generator
     ) -> Solved: ...
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one matrix, of which a criterion chooses some to remove."""
+
+    weight: torch.Tensor
+    """The matrix as it is, (out, in)."""
+    columns: torch.Tensor
+    """(units, n): the inputs that belong to each unit."""
+    feeding: torch.Tensor
+    """(units,): sum of squares of the other weights that go with each unit."""
+    gram: torch.Tensor
+    """X^T X of the inputs, (in, in)."""
+    sums: torch.Tensor
+    """Sum of the inputs over the tokens, (in,)."""
+    tokens: int
+    problem: Quadratic
+    """The least-squares problem of the matrix; it may have one more input, of ones, for a bias."""
+    parts: int = 1
+    """The same number of units goes from each of this many equal, consecutive parts."""
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """The whole contract of a criterion for units. ``data`` says whether it looks at inputs at all."""
+
+    data: bool
+
+    def choose(self, units: Units, remove: int) -> torch.Tensor:
+        """Numbers of the units that stay, ascending."""
+
+
+def make_criterion(name: str, options: Mapping[str, Any] | None = None) -> Criterion:
+    """Build a criterion from its name and plain options.
+
+    Raises:
+        UnknownNameError: for an unknown criterion or option.
+        UsageError: for an option with a value it refuses.
+    """
+    cls = load_class("criteria", name, "method for --structure")
+    criterion: Criterion = build(cls, options or {}, f"method {name}")
+    return criterion
+
+
+def sees_dense_block(method: Method, pattern: Pattern) -> bool:
+    """Whether a method wants the statistics of the dense block, which takes a second forward through each block.
+
+    A method says so by a method ``sees_dense_block(pattern)``; without one, each matrix sees the inputs that its pruned
+    predecessors make.
+    """
+    asked = getattr(method, "sees_dense_block", None)
+    return asked is not None and bool(asked(pattern))
 
 
 def available(kind: str) -> dict[str, str]:

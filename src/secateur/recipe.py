@@ -9,12 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from secateur.errors import RecipeError, SparsityError
+from secateur.errors import RecipeError, SparsityError, UnknownNameError
 from secateur.patterns import Pattern, check_sparsity, parse_pattern
 
 DEFAULT_SPARSITY = 0.5
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 2048
+STRUCTURES = ("ffn", "kv-groups", "heads")
+"""What --structure can remove."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,14 +34,20 @@ class Override:
 class Recipe:
     """What to prune and how. A field left at None takes its default when the model is known."""
 
-    method: str = "sparsegpt"
-    """Pruning method; `secateur methods` lists them."""
+    method: str = "auto"
+    """Pruning method; `secateur methods` lists them. auto is sparsegpt, and obs with --structure."""
     method_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method, as KEY=VALUE; `secateur methods NAME` lists them."""
     sparsity: float | None = None
     """Share of the weights that become zero (0.5; for N:M the pattern says it)."""
     pattern: str = "unstructured"
     """unstructured, or N:M to keep N of every M consecutive inputs."""
+    structure: tuple[str, ...] = ()
+    """Remove whole units instead of single weights: ffn, kv-groups or heads; several divided by commas."""
+    round_to: int = 32
+    """Neurons that stay are a multiple of this (with --structure ffn)."""
+    update: bool = True
+    """Refit what stays to make up for what goes (with --structure)."""
     allocation: str = "uniform"
     """How the sparsity is divided among the matrices."""
     calibration: str = "builtin"
@@ -66,7 +74,10 @@ class Recipe:
     """Activations beyond this spill to disk, e.g. 2GB; auto is half of the free memory."""
 
     def __post_init__(self) -> None:
+        if self.method == "auto":
+            object.__setattr__(self, "method", "obs" if self.structure else "sparsegpt")
         pattern = parse_pattern(self.pattern)
+        self._check_structure()
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
             implied = pattern.sparsity
@@ -75,10 +86,26 @@ class Recipe:
                     f"pattern {pattern} means sparsity {implied:g}, not {self.sparsity:g}",
                     hint=f"leave --sparsity out with --pattern {pattern}",
                 )
-        for name in ("samples", "sequence_length"):
+        for name in ("samples", "sequence_length", "round_to"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} is {value}", hint=f"{name} must be at least 1")
+
+    def _check_structure(self) -> None:
+        for name in self.structure:
+            if name not in STRUCTURES:
+                raise UnknownNameError("structure", name, STRUCTURES)
+        if len(set(self.structure)) < len(self.structure):
+            raise RecipeError(f"structure {', '.join(self.structure)} names one twice")
+        own = {"round_to": self.round_to != 32, "update": not self.update}
+        other = {
+            "pattern": self.pattern != "unstructured", "allocation": self.allocation != "uniform",
+            "targets": bool(self.targets), "ignore": bool(self.ignore), "overrides": bool(self.overrides),
+        }  # fmt: skip
+        for name, given in (other if self.structure else own).items():
+            if given:
+                where = "has no meaning with --structure" if self.structure else "needs --structure"
+                raise RecipeError(f"{name} {where}", hint="leave it out")
 
     @property
     def parsed_pattern(self) -> Pattern:
@@ -95,7 +122,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON or YAML; `Recipe.from_dict` reads it back."""
         data = dataclasses.asdict(self)
-        for key in ("targets", "ignore", "overrides"):
+        for key in ("structure", "targets", "ignore", "overrides"):
             data[key] = list(data[key])
         data["method_options"] = dict(self.method_options)
         return data
@@ -120,7 +147,7 @@ class Recipe:
 
 
 _STRINGS = {"method", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}
-_INTEGERS = {"samples", "sequence_length", "seed"}
+_INTEGERS = {"samples", "sequence_length", "seed", "round_to"}
 
 
 def _checked(key: str, value: Any, where: str) -> Any:
@@ -145,6 +172,14 @@ def _checked(key: str, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise refuse("a number in [0, 1)")
         return float(value)
+    elif key == "update":
+        if not isinstance(value, bool):
+            raise refuse("true or false")
+    elif key == "structure":
+        parts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
+            raise refuse("a name, or several divided by commas")
+        return tuple(name.strip() for part in parts for name in part.split(","))
     elif key in {"targets", "ignore"}:
         if isinstance(value, str):
             return (value,)

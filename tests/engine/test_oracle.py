@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import secateur
 from secateur.engine.inputs import inputs_of_window
+from secateur.errors import UsageError
 from tests.models import calibration_for, save_tiny, tiny_model
 
 
@@ -63,16 +64,86 @@ def test_wanda_equals_one_forward_for_each_matrix(family: str, tmp_path: Path) -
         assert torch.equal(tensor, got[key]), key
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def _naive_two_pass_wanda(model: Any, ids: torch.Tensor, keep: int, group: int) -> None:
+    """Statistics of a block from the whole model with the blocks before it pruned and this one as it is."""
+    inputs = inputs_of_window(model, ids)
+    order = _matrices_in_order(model, inputs)
+
+    def block_of(name: str) -> str:
+        parts = name.split(".")
+        return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit()) + 1])
+
+    for block in dict.fromkeys(map(block_of, order)):
+        names = [name for name in order if block_of(name) == block]
+        seen: dict[str, torch.Tensor] = {}
+        handles = [
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda m, a, name=name, seen=seen: seen.update({name: a[0]})
+            )
+            for name in names
+        ]
+        with torch.no_grad():
+            model(**inputs)
+        for handle in handles:
+            handle.remove()
+        for name in names:
+            module = model.get_submodule(name)
+            x = seen[name].double().reshape(-1, seen[name].shape[-1])
+            weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+            score = weight.abs().double() * x.pow(2).mean(0).sqrt()
+            for row in range(weight.shape[0]):
+                for start in range(0, weight.shape[1], group):
+                    columns = sorted(range(start, start + group), key=lambda c: float(score[row, c]))
+                    for column in columns[: group - keep]:
+                        weight[row, column] = 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neox", "bert", "t5"])
+def test_wanda_with_a_pattern_sees_the_dense_block(family: str, tmp_path: Path) -> None:
+    folder, ids = save_tiny(tmp_path / "model", family), calibration_for(family)
+    expected = tiny_model(family)
+    _naive_two_pass_wanda(expected, ids, 2, 4)
+    secateur.prune(
+        folder, tmp_path / "out", method="wanda", pattern="2:4", calibration=ids, verify=False, evaluate=False
+    )
+    got = type(expected).from_pretrained(tmp_path / "out").state_dict()
+    for key, tensor in expected.state_dict().items():
+        assert torch.equal(tensor, got[key]), key
+
+
+def test_passes_can_be_chosen(tmp_path: Path) -> None:
+    """auto is 1 for single weights and 2 for a pattern; experts are seen in the dense block as well."""
+    ids = calibration_for("qwen3_moe")
+    folder = save_tiny(tmp_path / "model", "qwen3_moe")
+
+    def run(pattern: str, passes: str) -> bytes:
+        out = tmp_path / f"{pattern.replace(':', '-')}-{passes}"
+        secateur.prune(
+            folder, out, method=secateur.Wanda(passes=passes), pattern=pattern, calibration=ids, verify=False,
+            evaluate=False, compute_dtype="float32", overwrite=True,
+        )  # fmt: skip
+        return (out / "model.safetensors").read_bytes()
+
+    for pattern, default, other in (("unstructured", "1", "2"), ("2:4", "2", "1")):
+        assert run(pattern, "auto") == run(pattern, default)
+        assert run(pattern, "auto") != run(pattern, other)
+    with pytest.raises(UsageError, match="passes of wanda is 3"):
+        secateur.Wanda(passes="3")
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("wanda", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "unstructured")]
+)
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "t5"])
-def test_activations_on_disk_change_nothing(family: str, method: str, tmp_path: Path) -> None:
+def test_activations_on_disk_change_nothing(family: str, method: str, pattern: str, tmp_path: Path) -> None:
     folder, ids = save_tiny(tmp_path / "model", family), calibration_for(family, rows=96, length=48)
     files = []
     for memory in ("10GB", "150KB"):
         out = tmp_path / memory
         secateur.prune(
-            folder, out, method=method, calibration=ids, activation_memory=memory, verify=False, evaluate=False
-        )
+            folder, out, method=method, pattern=pattern, calibration=ids, activation_memory=memory, verify=False,
+            evaluate=False,
+        )  # fmt: skip
         files.append((out / "model.safetensors").read_bytes())
     assert files[0] == files[1]
 

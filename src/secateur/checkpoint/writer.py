@@ -80,15 +80,24 @@ class Layout:
         return [entry.key for shard in self.shards for entry in shard.entries]
 
 
-def layout_like(reader: CheckpointReader, dtype: torch.dtype | None = None) -> Layout:
-    """The same shards, order and metadata as an existing checkpoint; ``dtype`` replaces that of floating tensors."""
+def layout_like(
+    reader: CheckpointReader, dtype: torch.dtype | None = None, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Layout:
+    """The same shards, order and metadata as an existing checkpoint.
+
+    Args:
+        dtype: replaces that of floating tensors.
+        shapes: new shapes by key, of the tensors that change theirs.
+    """
+    shapes = shapes or {}
     shards = []
     for shard in reader.shards:
         infos = [reader.info(key) for key in shard.keys]
         entries = [
-            Entry(info.key, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype, info.shape)
+            Entry(info.key, dtype if dtype is not None and info.dtype.is_floating_point else info.dtype,
+                  shapes.get(info.key, info.shape))
             for info in infos
-        ]
+        ]  # fmt: skip
         if any(entry.dtype != info.dtype for entry, info in zip(entries, infos, strict=True)):
             # A changed width could put a tensor off its alignment, so wide numbers move to the front again.
             entries.sort(key=lambda entry: -entry.dtype.itemsize)

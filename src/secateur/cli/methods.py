@@ -12,7 +12,12 @@ from secateur.cli.options import Debug, Json
 from secateur.errors import UnknownNameError
 from secateur.plugins import available, describe
 
-KINDS = {"methods": "method", "allocation": "allocation", "schedules": "schedule"}
+KINDS = {
+    "methods": "method",
+    "criteria": "method for --structure",
+    "allocation": "allocation",
+    "schedules": "schedule",
+}
 """Folder of plug-ins -> what one of them is called."""
 
 
@@ -24,7 +29,7 @@ def methods(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the pruning methods, allocation rules and training schedules, one line each."""
+    """List the pruning methods (of weights and of units), allocation rules and training schedules, one line each."""
     found = {kind: available(kind) for kind in KINDS}
     if name is None:
         if json:
@@ -32,13 +37,15 @@ def methods(
         else:
             console.show(tables.plugins(found))
         return
-    for kind, noun in KINDS.items():
-        if name in found[kind]:
-            description = describe(kind, name, noun)
-            if json:
-                options = [vars(option) for option in description.options]
-                console.write(json_format.dumps({"name": name, "doc": description.doc, "options": options}, indent=2))
-            else:
-                console.show(tables.plugin(description))
-            return
-    raise UnknownNameError("method", name, [known for names in found.values() for known in names])
+    told = {kind: describe(kind, name, noun) for kind, noun in KINDS.items() if name in found[kind]}
+    if not told:
+        raise UnknownNameError("method", name, sorted({known for names in found.values() for known in names}))
+    if json:
+        rows = [
+            {"name": name, "kind": kind, "doc": one.doc, "options": [vars(option) for option in one.options]}
+            for kind, one in told.items()
+        ]
+        console.write(json_format.dumps({**rows[0], "others": rows[1:]}, indent=2))
+        return
+    for one in told.values():
+        console.show(tables.plugin(one))

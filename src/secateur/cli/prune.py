@@ -96,6 +96,9 @@ def prune(
     method: Annotated[str | None, option("method")] = None,
     sparsity: Annotated[float | None, option("sparsity")] = None,
     pattern: Annotated[str | None, option("pattern")] = None,
+    structure: Annotated[list[str] | None, option("structure", metavar="NAMES")] = None,
+    round_to: Annotated[int | None, option("round_to")] = None,
+    update: Annotated[bool | None, option("update", "--update/--no-update")] = None,
     allocation: Annotated[str | None, option("allocation")] = None,
     method_options: Annotated[
         list[str] | None, option("method_options", "--method-option", metavar="KEY=VALUE")
@@ -129,6 +132,9 @@ def prune(
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "structure": structure,
+        "round_to": round_to,
+        "update": update,
         "allocation": allocation,
         "method_options": parse_method_options(method_options or []),
         "targets": targets,
@@ -230,4 +236,5 @@ def default_out(model: str, recipe: Recipe) -> Path:
     """
     pattern = recipe.parsed_pattern
     amount = f"{recipe.effective_sparsity:g}" if pattern.unstructured else f"{pattern.keep}-{pattern.group}"
-    return Path(f"{name_of(model)}-{recipe.method}-{amount}")
+    done = "-".join(recipe.structure) or recipe.method
+    return Path(f"{name_of(model)}-{done}-{amount}")

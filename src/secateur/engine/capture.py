@@ -40,6 +40,14 @@ class AtMatrix:
     input: torch.Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class LeftBlock:
+    """A forward is about to leave a block with ``output``: the tensor itself, so it goes on with what is done to it."""
+
+    index: int
+    output: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Finished:
     """A forward has nothing more to show; ``output`` is the model's, unless it was cut off after the last block."""
@@ -47,7 +55,7 @@ class Finished:
     output: Any = None
 
 
-Event = AtBlock | AtMatrix | Finished
+Event = AtBlock | AtMatrix | LeftBlock | Finished
 
 
 class Lane(greenlet):
@@ -64,6 +72,8 @@ class Lane(greenlet):
         """Input of the latest matrix, its version and the statistics it went into: the next matrix may get the same."""
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         """Arguments of the block at whose entry the forward stands."""
+        self.pause_at_end = False
+        """Whether to pause when a block is left."""
         self.keep_output = False
         self.output: Any = None
         """What the latest block gave, when ``keep_output`` is set."""
@@ -95,6 +105,33 @@ class Lane(greenlet):
     @property
     def saw_all_blocks(self) -> bool:
         return not self._blocks_left
+
+
+class BlockLane(Lane):
+    """One batch on its way through one block only, with the arguments with which its own lane has come there."""
+
+    def __init__(self, module: nn.Module, lane: Lane) -> None:
+        super().__init__(module, {}, observed=True, blocks=0)
+        assert lane.call is not None
+        with torch._C.DisableTorchFunction():  # copies, should the block work in place
+            self._args, self._kwargs = _copied(lane.call[0]), _copied(lane.call[1])
+
+    def _forward(self) -> Finished:
+        self._model(*self._args, **self._kwargs)
+        return Finished()
+
+    def entered(self, index: int) -> bool:
+        return True
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.clone() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_copied(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value
 
 
 def _pause(event: Event) -> None:
@@ -136,7 +173,7 @@ class Capture:
             module = self._model.get_submodule(block.name)
             inside.update(name for name, _ in module.named_modules(prefix=block.name))
             self._handles.append(module.register_forward_pre_hook(self._enter_block(block), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave_block))
+            self._handles.append(module.register_forward_hook(self._leave_block(block)))
             for matrix in block.matrices:
                 if not matrix.experts:
                     self._watch_linear(matrix)
@@ -170,16 +207,20 @@ class Capture:
 
         return hook
 
-    @staticmethod
-    def _leave_block(module: nn.Module, args: Any, output: Any) -> None:
-        lane = getcurrent()
-        if not isinstance(lane, Lane):
-            return
-        if lane.keep_output:
-            with torch._C.DisableTorchFunction():  # a copy that the lane's watcher does not know and never empties
-                lane.output = output_tensor(output).clone()
-        if (lane.observed or lane.keep_output) and lane.saw_all_blocks:
-            _pause(Finished())  # never resumed: what follows is the head, which nobody asked for
+    def _leave_block(self, block: Block) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            lane = getcurrent()
+            if not isinstance(lane, Lane):
+                return
+            if lane.keep_output:
+                with torch._C.DisableTorchFunction():  # a copy that the lane's watcher does not know and never empties
+                    lane.output = output_tensor(output).clone()
+            if lane.pause_at_end:
+                _pause(LeftBlock(block.index, output_tensor(output)))
+            if (lane.observed or lane.keep_output) and lane.saw_all_blocks:
+                _pause(Finished())  # never resumed: what follows is the head, which nobody asked for
+
+        return hook
 
     def _enter_outside(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -54,7 +54,7 @@ class _Zeros(_Stored):
         return torch.float32 if dtype.is_floating_point else dtype
 
 
-class _ReadOnly:
+class NoSink:
     """A sink in which every block is already done."""
 
     def __init__(self, source: _Source) -> None:
@@ -111,7 +111,7 @@ def stream_losses(folder: Path, windows: torch.Tensor, device: torch.device, scr
         source, store = _Stored(reader), ActivationStore(activation_limit("auto"), scratch)
         binding, structure = Binding(model, reader.keys), find_structure(model)
         stream = _Forwards(
-            model, structure, binding, source, _ReadOnly(source), make_method("magnitude"), Plan(), store, device
+            model, structure, binding, source, NoSink(source), make_method("magnitude"), Plan(), store, device
         )
         batches = [inputs_of_window(model, window[None]) for window in windows]
         return stream.outputs(batches, lambda index, output: loss(output, windows[index]))
@@ -180,7 +180,7 @@ def _forward(
     inputs: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
     store = ActivationStore(None, Path(tempfile.gettempdir()))
-    sink = _ReadOnly(source)
+    sink = NoSink(source)
     stream = BlockStream(model, structure, binding, source, sink, make_method("magnitude"), Plan(), store)
     answer = stream.run([], inputs).probe
     assert answer is not None

@@ -21,7 +21,15 @@ def build_skeleton(folder: Path) -> transformers.PreTrainedModel:
     Raises:
         UnsupportedModelError: when the installed transformers has no such class.
     """
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return skeleton_of(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def skeleton_of(config: transformers.PreTrainedConfig) -> transformers.PreTrainedModel:
+    """The same for a config in memory.
+
+    Raises:
+        UnsupportedModelError: when the installed transformers has no such class.
+    """
     cls = model_class(config)
     # float32 whatever the config says: buffers that the code computes must not be rounded to a narrower format.
     with init_empty_weights(include_buffers=False):

@@ -11,18 +11,17 @@ import transformers
 
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader, Unit
-from secateur.engine.blocks import Block, MatrixSpec, Structure, expert_order
-from secateur.engine.capture import AtBlock, AtMatrix, Capture, ExpertTensor, Finished, Lane
+from secateur.engine.blocks import Block, Structure, expert_order
+from secateur.engine.capture import AtBlock, AtMatrix, BlockLane, Capture, ExpertTensor, Finished, Lane
 from secateur.engine.device import trim_memory
 from secateur.engine.inputs import output_tensor
 from secateur.engine.plan import Plan
 from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor, set_tensor
-from secateur.errors import CalibrationError, RunError, UnsupportedModelError
-from secateur.plugins import Method, make_method
+from secateur.engine.solver import Solver
+from secateur.errors import UnsupportedModelError
+from secateur.plugins import Method, sees_dense_block
 from secateur.progress import Reporter
 from secateur.result import PrunedMatrix
-from secateur.seeds import derived_seed
-from secateur.statistics import InputStatistics
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -146,12 +145,14 @@ class BlockStream:
     def _block(self, block: Block, lanes: list[Lane], prober: Lane | None) -> list[PrunedMatrix]:
         finished = self.sink.done(block.index)
         names = [name for name in block.tensors if self.binding.bound(name)]
-        final = self.binding.load(names, self.source if finished is None else self.sink.reader())
+        final = (
+            self.binding.load(names, self.source) if finished is None else self._written_block(block, names, finished)
+        )
         probing = prober is not None and prober.event == AtBlock(block.index)
         try:
             if finished is None:
                 matrices = self._prune_block(block, lanes, final)
-                self._write(names, self._changed(block, matrices), final)
+                self._write(names, self._changed(block, matrices), self._as_written(block, final))
                 self.sink.finish(block.index, matrices)
             else:
                 matrices = finished
@@ -180,7 +181,11 @@ class BlockStream:
         }
         if lanes:
             self._install(block, final, self.compute_dtype)
-        solver = _Solver(self, specs, final, reports)
+        solver = Solver(self, specs, final, reports)
+        if any(sees_dense_block(self.method, target.pattern) for target in self.plan.targets.values()):
+            self._observe_dense(block, lanes, solver)
+            for name, expert in expert_order(block.matrices):
+                solver.solve(name, expert, seen_only=True)
         for lane in lanes:
             self._advance(lane, solver)
         order = expert_order(block.matrices)
@@ -198,6 +203,26 @@ class BlockStream:
                 zeros = int((final[name] == 0).sum())
                 reports[name].zeros, reports[name].sparsity = zeros, zeros / spec.size
         return list(reports.values())
+
+    def _observe_dense(self, block: Block, lanes: Sequence[Lane], solver: Solver) -> None:
+        """A forward through the block as it is, for the statistics alone; the lanes stay where they are."""
+        module = self.model.get_submodule(block.name)
+        for lane in lanes:
+            self.store.unpark(lane.watcher)
+            look = BlockLane(module, lane)
+            self.store.park(lane.watcher)
+            while not isinstance(event := look.advance(), Finished):
+                if isinstance(event, AtMatrix):
+                    solver.observe(look, event)
+            look.last_input = None
+
+    def _written_block(self, block: Block, names: Sequence[str], done: list[PrunedMatrix]) -> dict[str, torch.Tensor]:
+        """What an earlier run wrote, as the running model takes it."""
+        return self.binding.load(names, self.sink.reader())
+
+    def _as_written(self, block: Block, final: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is written of what the running model has."""
+        return final
 
     def _changed(self, block: Block, matrices: Sequence[PrunedMatrix]) -> set[str]:
         """Tensors of a block that are written anew; the others are copied from the source."""
@@ -266,7 +291,7 @@ class BlockStream:
 
     # --- forwards ------------------------------------------------------------------------------------------------
 
-    def _advance(self, lane: Lane, solver: _Solver | None = None) -> None:
+    def _advance(self, lane: Lane, solver: Solver | None = None) -> None:
         self.store.unpark(lane.watcher)
         event = lane.advance()
         if isinstance(event, Finished):
@@ -290,106 +315,3 @@ class BlockStream:
         self._release_outside()
         self._outside_dtype = self.compute_dtype
         declare_dtype(self.model, self.compute_dtype)
-
-
-class _Solver:
-    """Statistics and solutions of the matrices of one block."""
-
-    def __init__(
-        self,
-        stream: BlockStream,
-        specs: Mapping[str, MatrixSpec],
-        final: dict[str, torch.Tensor],
-        reports: dict[str, PrunedMatrix],
-    ) -> None:
-        self._stream = stream
-        self._specs = specs
-        self._final = final
-        self._reports = reports
-        self._statistics: dict[tuple[str, int], InputStatistics] = {}
-        self._shared: set[tuple[str, int]] = set()
-        self._solved: set[tuple[str, int]] = set()
-        self._source = {name: final[name] for name in reports}
-        for name in reports:  # solved from the source's precision, kept in the result's
-            if final[name].dtype != stream.output_dtype(name):
-                final[name] = torch.empty_like(final[name], dtype=stream.output_dtype(name))
-
-    def observe(self, lane: Lane, event: AtMatrix) -> None:
-        """Take in the input with which a forward has arrived. The same tensor as last time is not counted again."""
-        key = (event.name, event.expert)
-        kind = self._stream.method.statistics
-        if kind == "none" or event.name not in self._reports or key in self._solved:
-            lane.last_input = None
-            return
-        version = event.input._version
-        last = lane.last_input
-        same = last is not None and last[0] is event.input and last[1] == version
-        if key not in self._statistics:
-            if same:
-                assert last is not None
-                self._statistics[key] = last[2]
-                self._shared.add(key)
-            else:
-                self._statistics[key] = InputStatistics(
-                    self._specs[event.name].in_features, kind, device=self._stream.device
-                )
-        statistics = self._statistics[key]
-        if key not in self._shared:
-            try:
-                statistics.update(event.input)
-            except CalibrationError as error:
-                raise CalibrationError(f"{error.message} at the input of {event.name}", hint=error.hint) from None
-        elif not same:
-            raise RuntimeError(f"the forwards do not agree on what {event.name} shares its input with")
-        lane.last_input = (event.input, version, statistics)
-
-    def solve(self, name: str, expert: int) -> None:
-        """Prune one matrix and put it in the running model."""
-        key = (name, expert)
-        if name not in self._reports or key in self._solved:
-            return
-        statistics = self._statistics.pop(key, None)
-        self._solve(name, expert, self._stream.method, statistics)
-        owner, _, leaf = name.rpartition(".")
-        running = self._stream.model.get_submodule(owner)._parameters[leaf]
-        assert running is not None
-        with torch._C.DisableTorchFunctionSubclass():
-            spec = self._specs[name]
-            spec.slices(running.data)[expert].copy_(spec.slices(self._final[name])[expert])
-
-    def solve_rest(self) -> None:
-        """Matrices that no calibration token reached (rare experts), or all of them when the method needs none."""
-        unreached = []
-        for name in self._reports:
-            for expert in range(max(self._specs[name].experts, 1)):
-                if (name, expert) in self._solved:
-                    continue
-                method = self._stream.method
-                if method.statistics != "none":
-                    unreached.append(f"{name}[{expert}]" if self._specs[name].experts else name)
-                    method = make_method("magnitude")
-                    self._reports[name].notes.append(f"expert {expert}: no calibration token came, pruned by magnitude")
-                self._solve(name, expert, method, None)
-        if unreached:
-            shown = ", ".join(unreached[:3]) + (", ..." if len(unreached) > 3 else "")
-            self._stream.reporter.warn(
-                f"{len(unreached)} matrices saw no calibration token and were pruned by magnitude: {shown}"
-            )
-
-    def _solve(self, name: str, expert: int, method: Method, statistics: InputStatistics | None) -> None:
-        spec, target = self._specs[name], self._stream.plan.target(name, expert)
-        part = spec.slices(self._final[name])[expert]
-        weight = spec.slices(self._source[name])[expert].to(self._stream.device, torch.float32, copy=True).contiguous()
-        generator = torch.Generator().manual_seed(derived_seed(self._stream.seed, name, expert))
-        solved = method.solve(weight, statistics, target, generator=generator)
-        if not torch.isfinite(solved.weight).all():
-            raise RunError(f"the method returned NaN or infinity for {name}", hint="use more calibration data")
-        part.copy_(solved.weight)
-        if not torch.isfinite(part).all():
-            raise RunError(f"{name} does not fit {part.dtype} any more", hint="use --dtype bfloat16 or float32")
-        self._solved.add((name, expert))
-        report = self._reports[name]
-        if solved.loss is not None:
-            report.loss = (report.loss or 0.0) + solved.loss
-        for note in solved.notes:
-            report.notes.append(f"expert {expert}: {note}" if spec.experts else note)

@@ -19,13 +19,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from secateur.checkpoint.reader import CheckpointReader
-from secateur.engine.activations import Watcher
 from secateur.engine.blocks import Block
-from secateur.engine.capture import AtBlock, Lane
+from secateur.engine.capture import Lane
 from secateur.engine.inputs import output_tensor
-from secateur.engine.skeleton import drop_tensor, set_tensor
-from secateur.engine.stream import BlockStream, Inputs, StreamResult
+from secateur.engine.paired import DenseOutput, PairedStream
+from secateur.engine.skeleton import set_tensor
 from secateur.errors import RunError
 from secateur.recovery.zeros import HeldZeros
 from secateur.result import PrunedMatrix
@@ -46,10 +44,9 @@ class BlockTraining:
 
 
 @dataclass
-class BlockRecovery(BlockStream):
+class BlockRecovery(PairedStream):
     """A stream whose blocks are trained instead of pruned. ``plan`` stays empty."""
 
-    teacher: CheckpointReader | None = None
     training: BlockTraining = field(default_factory=BlockTraining)
     losses: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Block index -> mean relative squared error over its first and its last epoch."""
@@ -57,51 +54,6 @@ class BlockRecovery(BlockStream):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._told = False
-        self._targets: list[_Target] = []
-
-    def run(self, batches: Sequence[Inputs], probe: Inputs | None = None) -> StreamResult:
-        self._dense = [self._lane(batch, observed=False) for batch in batches]
-        try:
-            return super().run(batches, probe)
-        finally:
-            for lane in self._dense:
-                lane.stop()
-
-    def _block(self, block: Block, lanes: list[Lane], prober: Lane | None) -> list[PrunedMatrix]:
-        self._targets = self._dense_outputs(block)
-        try:
-            return super()._block(block, lanes, prober)
-        finally:
-            for target in self._targets:
-                self.store.forget(target.watcher)
-            self._targets = []
-
-    def _dense_outputs(self, block: Block) -> list[_Target]:
-        """Take the dense forwards through a block; what it gave each of them."""
-        assert self.teacher is not None
-        ours, self.source = self.source, self.teacher
-        names = [name for name in block.tensors if self.binding.bound(name)]
-        try:
-            for lane in self._dense:
-                if lane.event is None:  # from the start of the model to its first block
-                    self._advance(lane)
-            self._release_outside()
-            here = [lane for lane in self._dense if lane.event == AtBlock(block.index)]
-            if here:
-                self._install(block, self.binding.load(names, self.teacher), self.compute_dtype)
-            outputs = []
-            for lane in here:
-                lane.keep_output = True
-                self._advance(lane)
-                outputs.append(_Target(lane.output))
-                lane.keep_output, lane.output = False, None
-                self.store.park(outputs[-1].watcher)
-            return outputs
-        finally:
-            self._release_outside()
-            self.source = ours
-            for name in names:
-                drop_tensor(self.model, name)
 
     def _prune_block(self, block: Block, lanes: list[Lane], final: dict[str, torch.Tensor]) -> list[PrunedMatrix]:
         held = HeldZeros.of({matrix.name: final[matrix.name] for matrix in block.matrices})
@@ -147,10 +99,10 @@ class BlockRecovery(BlockStream):
                     chosen = order[start : start + options.batches]
                     for index in chosen:
                         with torch.enable_grad():
-                            loss = self._error(module, lanes[index], self._targets[index])
+                            loss = self._error(module, lanes[index], self.targets[index])
                             (loss / len(chosen)).backward()
                         self.store.park(lanes[index].watcher)
-                        self.store.park(self._targets[index].watcher)
+                        self.store.park(self.targets[index].watcher)
                         losses.append(float(loss))
                     if not math.isfinite(sum(losses)):
                         raise RunError(
@@ -190,7 +142,7 @@ class BlockRecovery(BlockStream):
             f"which take {16 * numbers / 1e6:,.0f} MB with gradients and optimiser"
         )
 
-    def _error(self, module: nn.Module, lane: Lane, wanted: _Target) -> torch.Tensor:
+    def _error(self, module: nn.Module, lane: Lane, wanted: DenseOutput) -> torch.Tensor:
         """Mean over tokens of |output - target|² / |target|²."""
         self.store.unpark(lane.watcher)
         self.store.unpark(wanted.watcher)
@@ -202,15 +154,6 @@ class BlockRecovery(BlockStream):
             output = output_tensor(module(*args, **kwargs))
         error = (output.float() - target.float()).square().sum(-1)
         return (error / target.float().square().sum(-1).clamp_min(1e-6)).mean()
-
-
-class _Target:
-    """What the dense block gave for one batch; it can be spilled like the activations of a forward."""
-
-    def __init__(self, output: torch.Tensor) -> None:
-        self.output = output
-        self.watcher = Watcher()
-        self.watcher.remember(output)
 
 
 def duration(seconds: float) -> str:

@@ -11,9 +11,12 @@ from secateur.result import RESULT_FILE, Measured, PruneResult, RecoverResult
 def write_card(folder: Path, result: PruneResult) -> None:
     """Write README.md with the metadata block that the Hugging Face hub reads."""
     recipe = result.recipe
+    done = f"pattern {recipe['pattern']}, {result.sparsity:.2%} of the prunable weights are zero"
+    if recipe["structure"]:
+        done = f"structure {', '.join(recipe['structure'])}, {result.sparsity:.2%} of the prunable weights are gone"
     what = (
         f"`{result.source['name']}`, pruned by [secateur](https://pypi.org/project/secateur/): method "
-        f"{recipe['method']}, pattern {recipe['pattern']}, {result.sparsity:.2%} of the prunable weights are zero."
+        f"{recipe['method']}, {done}."
     )
     _write(folder, result, what, "The whole recipe, versions, hashes and the result for every matrix are")
 
@@ -78,6 +81,7 @@ def _rows(before: Measured, after: Measured) -> list[tuple[str, str, str]]:
     rows = [
         row("perplexity", "perplexity", "{:.2f}"),
         row("sparsity of the prunable weights", "sparsity", "{:.2%}"),
+        row("parameters", "parameters", "{:,}"),
         row("weights that are not zero", "nonzero", "{:,}"),
         row("bytes on disk", "bytes_disk", "{:,}"),
         row("bytes in memory", "bytes_resident", "{:,}"),

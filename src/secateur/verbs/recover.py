@@ -41,7 +41,7 @@ from secateur.training import Training
 from secateur.verbs.card import write_recovery_card
 from secateur.verbs.evaluate import read_files
 from secateur.verbs.lesson import Lesson, plan_lesson
-from secateur.verbs.prune import peak_rss_bytes, provenance, versions
+from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import measured_model
 from secateur.verbs.taught import Taught, count_zeros
 from secateur.verbs.teach import teach

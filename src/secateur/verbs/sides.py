@@ -45,7 +45,7 @@ def measure_sides(
     pruned: Path,
     *,
     skeleton: transformers.PreTrainedModel,
-    prunable: dict[str, int],
+    prunable: tuple[dict[str, int], dict[str, int]],
     evaluate: bool,
     data: str,
     files: Sequence[str | Path],
@@ -56,10 +56,11 @@ def measure_sides(
 ) -> Sides:
     """Sizes always; quality, memory and speed when ``evaluate`` is set and the model can be measured that way.
 
-    ``prunable`` is checkpoint key -> number of weights for every tensor that may be pruned.
+    ``prunable`` is, for either side, checkpoint key -> number of weights for every tensor that may be pruned.
     """
     folders = (source.folder, pruned)
-    before, after = (_size(folder, prunable) for folder in folders)
+    before, after = (_size(folder, keys) for folder, keys in zip(folders, prunable, strict=True))
+    weights = [sum(keys.values()) for keys in prunable]
     quantised = source.original_format.startswith("GGUF")
     protocol: dict[str, Any] = {
         "size": f"both sides stored as {after.dtype} safetensors"
@@ -76,7 +77,7 @@ def measure_sides(
     if evaluate:
         _quality(folders, (before, after), protocol, skeleton, data, files, recipe, demo, reporter)
         ratio = _speed(folders, (before, after), protocol, skeleton, prompt, reporter)
-    said = sentences(before, after, ratio)
+    said = sentences(before, after, ratio, 1 - weights[1] / weights[0] if recipe.structure else None)
     if quantised:
         said.append(
             f"Both sides are compared as {after.dtype}: the model came quantised ({source.original_format}, "

@@ -10,13 +10,18 @@ from secateur.measure.compare import Ratio
 from secateur.result import Measured
 
 
-def sentences(before: Measured, after: Measured, decode: Ratio | None) -> list[str]:
-    """One sentence each on quality, size, memory and speed, as far as they were measured."""
-    said = [_sparsity(after), *_quality(before, after), _size(before, after)]
+def sentences(before: Measured, after: Measured, decode: Ratio | None, removed: float | None = None) -> list[str]:
+    """One sentence each on quality, size, memory and speed, as far as they were measured.
+
+    Args:
+        removed: share of the prunable weights that are not there any more; None when single weights became zero.
+    """
+    first = _sparsity(after) if removed is None else _removal(before, after, removed)
+    said = [first, *_quality(before, after), _size(before, after)]
     if before.bytes_resident and after.bytes_resident:
         said.append(_memory(before.bytes_resident, after.bytes_resident))
     if decode is not None:
-        said.append(_speed(decode))
+        said.append(_speed(decode, smaller=removed is not None))
     return said
 
 
@@ -49,6 +54,11 @@ def recovery_sentences(
 def _sparsity(after: Measured) -> str:
     share = 1 - after.nonzero / after.parameters
     return f"{after.sparsity:.1%} of the prunable weights are zero, {share:.1%} of all parameters."
+
+
+def _removal(before: Measured, after: Measured, removed: float) -> str:
+    share = 1 - after.parameters / before.parameters
+    return f"{removed:.1%} of the prunable weights are gone, {share:.1%} of all parameters: every kernel gains by it."
 
 
 def _quality(before: Measured, after: Measured) -> list[str]:
@@ -94,8 +104,10 @@ def _memory(before: int, after: int) -> str:
     return f"It takes {ratio:.2f} times the memory when loaded."
 
 
-def _speed(decode: Ratio) -> str:
+def _speed(decode: Ratio, smaller: bool) -> str:
     interval = f"ratio {decode.median:.2f}, between {decode.low:.2f} and {decode.high:.2f}"
+    if not decode.differs and smaller:
+        return f"Decoding is not faster beyond noise ({interval})."
     if not decode.differs:
         return f"It is not faster beyond noise ({interval}): dense kernels multiply zeros like any other number."
     word = "faster" if decode.median > 1 else "slower"

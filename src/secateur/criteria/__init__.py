@@ -1,0 +1,1 @@
+"""Which units of a structure go: one file for each criterion."""

@@ -1,0 +1,331 @@
+"""Which rows and columns of a block belong together, found by the flow of data, not by names of models.
+
+A *unit* is what is removed as a whole: one neuron of a feed-forward network, or one key-value group of an attention
+with all its query heads. It is a set of columns of one matrix, the *consumer* (down_proj, o_proj), and of the rows of
+other matrices that feed these columns and nothing else. Whether they do is tried: the output of a candidate is
+disturbed at one token, in the rows of some units only, and the consumer's input is watched.
+
+- Neurons: the disturbance arrives at the same token, in the columns of these units only.
+- Attention: it arrives in the columns of these units only, and for some candidate (keys, values) at other tokens too.
+
+A block is run on random weights for this, so the result does not hang on a weight that happens to be zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.blocks import Block, MatrixSpec
+from secateur.engine.inputs import output_tensor
+
+Kind = Literal["ffn", "kv-groups", "heads"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One tensor from which slices go: ``indices`` (units, m) are those of each unit along ``dim``."""
+
+    name: str
+    dim: int
+    indices: Tensor
+
+    def keep(self, units: Tensor, size: int) -> Tensor:
+        """Indices along ``dim`` that stay when only ``units`` stay, ascending.
+
+        Args:
+            units: numbers of the units that stay, (k,) int64.
+            size: length of the tensor along ``dim``.
+        """
+        gone = torch.ones(len(self.indices), dtype=torch.bool)
+        gone[units] = False
+        stays = torch.ones(size, dtype=torch.bool)
+        stays[self.indices[gone].reshape(-1)] = False
+        return stays.nonzero().squeeze(1)
+
+    def apply(self, tensor: Tensor, units: Tensor) -> Tensor:
+        """The tensor without the slices of all other units."""
+        return tensor.index_select(self.dim, self.keep(units, tensor.shape[self.dim]).to(tensor.device))
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key-value groups, and numbers in a head, by a model's config."""
+
+    query: int
+    groups: int
+    size: int
+
+    @property
+    def each(self) -> int:
+        """Query heads in a group."""
+        return self.query // self.groups
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """All that belongs to the units of one consumer. ``columns`` (units, n) are its inputs, unit by unit."""
+
+    kind: Kind
+    consumer: str
+    columns: Tensor
+    cuts: tuple[Cut, ...]
+    """Of the consumer itself, of the matrices that feed it, and of their biases."""
+    parts: int = 1
+    """As many units go from each of this many equal, consecutive parts: query heads, from each group."""
+    heads: Heads | None = None
+    """How the attention is built; None for neurons."""
+    additive: bool = False
+    """Whether what the consumer gives is added to the output of the block as it is."""
+
+    @property
+    def units(self) -> int:
+        return len(self.columns)
+
+
+def heads_of(config: Any) -> list[Heads]:
+    """What the config allows the attention to be; more than one when it does not say how many groups there are."""
+    query = getattr(config, "num_attention_heads", None)
+    if not isinstance(query, int) or query < 1:
+        return []
+    said = [getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads")]
+    groups = [value for value in said if isinstance(value, int) and value >= 1] + [query]
+    if getattr(config, "multi_query", False):
+        groups.insert(0, 1)
+    size = getattr(config, "head_dim", None)
+    hidden = getattr(config, "hidden_size", None)
+    sizes = [size] if isinstance(size, int) and size >= 1 else []
+    if isinstance(hidden, int) and hidden % query == 0:
+        sizes.append(hidden // query)
+    return [Heads(query, k, d) for k in dict.fromkeys(groups) for d in dict.fromkeys(sizes) if query % k == 0]
+
+
+def find_couplings(
+    block: Block, module: nn.Module, run: Callable[[], Any], tensors: Mapping[str, Tensor], config: Any
+) -> list[Coupling]:
+    """The couplings of one block.
+
+    Args:
+        module: the block, its weights in place.
+        run: runs its forward on a short input, without gradients.
+        tensors: all tensors of the block by full name.
+        config: that of the block's part of the model.
+    """
+    observer = _Observer(block, module, run)
+    found = []
+    for consumer in observer.reached:
+        neurons = _neurons(observer, consumer, tensors)
+        here = [neurons] if neurons is not None else _attention(observer, consumer, tensors, config)
+        found += [replace(coupling, additive=observer.additive(consumer)) for coupling in here]
+    return found
+
+
+class _Observer:
+    """Runs a block with the output of one matrix disturbed, and says what that does to the inputs of the others."""
+
+    def __init__(self, block: Block, module: nn.Module, run: Callable[[], Any]) -> None:
+        self._module, self._run, self._prefix = module, run, f"{block.name}."
+        self.plain = {matrix.name: matrix for matrix in block.matrices if not matrix.experts}
+        self._given: Tensor | None = None
+        self._inputs = self._watch(None, None)
+        self.reached = [matrix for name, matrix in self.plain.items() if name in self._inputs]
+
+    def changed(self, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec) -> tuple[Tensor, Tensor] | None:
+        """Tokens and columns of the consumer's input that a disturbance of these rows, at one token, changes.
+
+        Returns:
+            Two bool tensors, or None when the consumer was not reached in the same way.
+        """
+        if producer.name == consumer.name:
+            return None
+        now = self._watch(producer, rows)
+        before, after = self._inputs.get(consumer.name), now.get(consumer.name)
+        if before is None or after is None or before.shape != after.shape:
+            return None
+        different = (before - after).abs() > 1e-6 * before.abs().amax().clamp_min(1e-30)
+        return different.any(dim=1), different.any(dim=0)
+
+    def additive(self, matrix: MatrixSpec) -> bool:
+        """Whether a disturbance of a matrix's output arrives at the block's output unchanged."""
+        before, after = output_tensor(self._run()).float(), output_tensor(self._disturbed(matrix)).float()
+        given = self._given
+        assert given is not None
+        if given.numel() != before.numel():
+            return False
+        off = (after - before - given.reshape(before.shape)).abs().amax()
+        return bool(off <= 1e-5 * max(float(before.abs().amax()), float(given.abs().amax())))
+
+    def _disturbed(self, matrix: MatrixSpec) -> Any:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device)
+            self._given = noise.to(output.dtype) * output.abs().mean()
+            return output + self._given
+
+        handle = self._module_of(matrix).register_forward_hook(hook)
+        try:
+            return self._run()
+        finally:
+            handle.remove()
+
+    def _module_of(self, matrix: MatrixSpec) -> nn.Module:
+        return self._module.get_submodule(matrix.module.removeprefix(self._prefix))
+
+    def _watch(self, producer: MatrixSpec | None, rows: Tensor | None) -> dict[str, Tensor]:
+        inputs: dict[str, Tensor] = {}
+        handles = []
+
+        def see(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if args and isinstance(args[0], Tensor):
+                    inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1]).clone()
+
+            return hook
+
+        def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            assert rows is not None
+            changed = output.clone()
+            flat = changed.view(-1, changed.shape[-1])
+            # Larger than the output itself, so that it gets through an activation that is flat around zero.
+            noise = 1 + torch.rand(len(rows), generator=torch.Generator().manual_seed(0))
+            flat[len(flat) // 2, rows] += 4 * noise * output.abs().amax().clamp_min(1e-3)
+            return changed
+
+        for name, matrix in self.plain.items():
+            handles.append(self._module_of(matrix).register_forward_pre_hook(see(name)))
+        if producer is not None:
+            handles.append(self._module_of(producer).register_forward_hook(disturb))
+        try:
+            self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return inputs
+
+
+def _neurons(observer: _Observer, consumer: MatrixSpec, tensors: Mapping[str, Tensor]) -> Coupling | None:
+    """Units of one column each, fed by the rows of the same number, or of two halves, or of pairs side by side."""
+    width = consumer.in_features
+    number = torch.arange(width)
+    layouts = {
+        1: [number[:, None]],
+        2: [torch.stack([number, width + number], dim=1), torch.stack([2 * number, 2 * number + 1], dim=1)],
+    }
+    columns = number[:, None]
+    cuts: list[Cut] = []
+    for producer in observer.reached:
+        for rows in layouts.get(producer.out_features // width, []) if producer.out_features % width == 0 else []:
+            if _feeds(observer, producer, rows, consumer, columns, spreads=False) is not None:
+                cuts += _cuts_of(producer, rows, tensors)
+                break
+    if not cuts:
+        return None
+    return Coupling("ffn", consumer.name, columns, (_consumer_cut(consumer, columns), *cuts))
+
+
+def _attention(observer: _Observer, consumer: MatrixSpec, tensors: Mapping[str, Tensor], config: Any) -> list[Coupling]:
+    """Units of the heads of one group, fed by its query, key and value rows in any of the usual orders.
+
+    Where a group has several query heads these are units as well, for as many to go from each group.
+    """
+    for heads in heads_of(config):
+        if heads.query * heads.size != consumer.in_features:
+            continue
+        number = torch.arange(consumer.in_features)
+        by_group, spread = _fed_by(observer, consumer, number.reshape(heads.groups, -1), heads, tensors, _group_rows)
+        if not spread or heads.groups == 1:
+            by_group = []
+        found = []
+        if by_group:
+            columns = number.reshape(heads.groups, -1)
+            cuts = (_consumer_cut(consumer, columns), *by_group)
+            found.append(Coupling("kv-groups", consumer.name, columns, cuts, heads=heads))
+        if heads.each > 1:
+            columns = number.reshape(heads.query, -1)
+            by_head, _ = _fed_by(observer, consumer, columns, heads, tensors, _head_rows)
+            if by_head:
+                cuts = (_consumer_cut(consumer, columns), *by_head)
+                found.append(Coupling("heads", consumer.name, columns, cuts, parts=heads.groups, heads=heads))
+        if found:
+            return found
+    return []
+
+
+def _fed_by(
+    observer: _Observer, consumer: MatrixSpec, columns: Tensor, heads: Heads, tensors: Mapping[str, Tensor],
+    layouts: Callable[[int, Heads], Iterator[Tensor]],
+) -> tuple[list[Cut], bool]:  # fmt: skip
+    """The rows that feed the units of an attention, and whether any of them reaches other tokens."""
+    cuts: list[Cut] = []
+    spread = False
+    for producer in observer.reached:
+        for rows in layouts(producer.out_features, heads):
+            fed = _feeds(observer, producer, rows, consumer, columns, spreads=True)
+            if fed is not None:
+                spread |= fed
+                cuts += _cuts_of(producer, rows, tensors)
+                break
+    return cuts, spread
+
+
+def _group_rows(out_features: int, heads: Heads) -> Iterator[Tensor]:
+    """Rows of each group, (groups, rows): queries, keys or values, all three one after the other, or group by group."""
+    k, d, each = heads.groups, heads.size, heads.each
+    number = torch.arange(out_features)
+    if out_features in (heads.query * d, 2 * heads.query * d):  # the latter with a gate beside every query
+        yield number.reshape(k, -1)
+    if out_features == k * d:
+        yield number.reshape(k, d)
+    if out_features == (heads.query + 2 * k) * d:
+        query, key, value = number.split([heads.query * d, k * d, k * d])
+        yield torch.cat([query.reshape(k, -1), key.reshape(k, d), value.reshape(k, d)], dim=1)
+        yield number.reshape(k, (each + 2) * d)
+
+
+def _head_rows(out_features: int, heads: Heads) -> Iterator[Tensor]:
+    """Rows of each query head, (heads, rows), in the same orders; keys and values stay."""
+    k, d, each = heads.groups, heads.size, heads.each
+    number = torch.arange(out_features)
+    if out_features in (heads.query * d, 2 * heads.query * d):
+        yield number.reshape(heads.query, -1)
+    if out_features == (heads.query + 2 * k) * d:
+        yield number[: heads.query * d].reshape(heads.query, d)
+        yield number.reshape(k, each + 2, d)[:, :each].reshape(heads.query, d)
+
+
+def _feeds(
+    observer: _Observer, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec, columns: Tensor, *, spreads: bool
+) -> bool | None:
+    """Whether disturbed rows of some units arrive in the columns of these units only: None when they do not.
+
+    Returns:
+        Whether other tokens see the disturbance as well. With ``spreads`` unset that counts as None, too.
+    """
+    units = len(rows)
+    some = torch.arange(units) % 3 == 1 if units > 2 else torch.arange(units) == units - 1
+    found = observer.changed(producer, rows[some].reshape(-1), consumer)
+    if found is None:
+        return None
+    tokens, touched = found
+    own = torch.zeros(consumer.in_features, dtype=torch.bool)
+    own[columns[some].reshape(-1)] = True
+    if not bool(touched.any()) or bool((touched & ~own).any()):
+        return None
+    others = int(tokens.sum()) > 1
+    return None if others and not spreads else others
+
+
+def _consumer_cut(consumer: MatrixSpec, columns: Tensor) -> Cut:
+    return Cut(consumer.name, 0 if consumer.transposed else 1, columns)
+
+
+def _cuts_of(producer: MatrixSpec, rows: Tensor, tensors: Mapping[str, Tensor]) -> Sequence[Cut]:
+    """The rows of a matrix and of its bias."""
+    cuts = [Cut(producer.name, 1 if producer.transposed else 0, rows)]
+    bias = f"{producer.module}.bias"
+    if bias in tensors:
+        cuts.append(Cut(bias, 0, rows))
+    return cuts

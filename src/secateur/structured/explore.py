@@ -1,0 +1,104 @@
+"""Walks a model on random weights, block by block, to learn how its blocks are built before any work is done."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from secateur.checkpoint.reader import CheckpointReader
+from secateur.engine.activations import ActivationStore
+from secateur.engine.binding import Binding
+from secateur.engine.blocks import Block, Structure
+from secateur.engine.capture import AtBlock, Capture
+from secateur.engine.forward import NoSink, probe_inputs
+from secateur.engine.plan import Plan
+from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor
+from secateur.engine.stream import BlockStream
+from secateur.plugins import make_method
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a block's forward."""
+Visit = Callable[[Block, nn.Module, Call, dict[str, torch.Tensor]], None]
+"""Block, its module with weights in place, the arguments of its forward, and its tensors by full name."""
+
+
+class RandomTensors:
+    """Random numbers in the shapes of a checkpoint, float32, the same for the same key every time."""
+
+    def __init__(self, reader: CheckpointReader) -> None:
+        self._reader = reader
+
+    def tensor(self, key: str) -> torch.Tensor:
+        info = self._reader.info(key)
+        if not info.dtype.is_floating_point:
+            return self._reader.tensor(key)
+        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        made = torch.randn(info.shape, generator=torch.Generator().manual_seed(seed))
+        if len(info.shape) < 2:
+            return made.mul_(0.1).add_(1.0)  # norms near one; a bias of one does no harm
+        return made.mul_(info.shape[-1] ** -0.5)
+
+    def dtype(self, key: str) -> torch.dtype:
+        dtype = self._reader.info(key).dtype
+        return torch.float32 if dtype.is_floating_point else dtype
+
+
+def signature(block: Block, model: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks that are built alike: the classes of their modules, and names and shapes of their tensors."""
+    module = model.get_submodule(block.name)
+    classes = tuple(type(part).__name__ for part in module.modules())
+    return classes, tuple((name, tuple(tensor.shape)) for name, tensor in module.state_dict(keep_vars=True).items())
+
+
+def visit_blocks(
+    model: transformers.PreTrainedModel, structure: Structure, binding: Binding, reader: CheckpointReader, visit: Visit
+) -> None:
+    """Call ``visit`` at the first block of every kind, in the middle of a forward over a short fixed input.
+
+    Raises:
+        UnsupportedModelError: when the model cannot be run block by block.
+    """
+    source = RandomTensors(reader)
+    stream = _Walk(
+        model, structure, binding, source, NoSink(source), make_method("magnitude"), Plan(),
+        ActivationStore(None, Path(tempfile.gettempdir())),
+    )  # fmt: skip
+    stream.walk(visit)
+
+
+class _Walk(BlockStream):
+    def walk(self, visit: Visit) -> None:
+        lane = self._lane(probe_inputs(self.model, tokens=12), observed=False)
+        left = {signature(block, self.model) for block in self.structure.blocks}
+        try:
+            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
+                declare_dtype(self.model, torch.float32)
+                self._load_buffers()
+                buffers_to(self.model, self.device)
+                self._advance(lane)
+                self._release_outside()
+                while left and isinstance(lane.event, AtBlock):
+                    block = self.structure.blocks[lane.event.index]
+                    names = [name for name in block.tensors if self.binding.bound(name)]
+                    tensors = self.binding.load(names, self.source)
+                    self._install(block, tensors, torch.float32, frozen=True)
+                    kind = signature(block, self.model)
+                    if kind in left:
+                        left.discard(kind)
+                        assert lane.call is not None
+                        visit(block, self.model.get_submodule(block.name), lane.call, tensors)
+                    if left:
+                        self._advance(lane)
+                    for name in names:
+                        drop_tensor(self.model, name)
+                    self._release_outside()
+        finally:
+            lane.stop()
+            self._release_outside()

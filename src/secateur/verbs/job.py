@@ -1,0 +1,274 @@
+"""A pruning run from checked input to written shards: what it needs, and the work itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from secateur.checkpoint.check import check_finite, check_model_folder, hash_folder
+from secateur.checkpoint.folder import copy_side_files
+from secateur.checkpoint.ledger import LEDGER, Ledger
+from secateur.checkpoint.reader import CheckpointReader
+from secateur.checkpoint.source import Source
+from secateur.checkpoint.writer import CheckpointWriter, Layout, layout_like
+from secateur.engine.activations import ActivationStore
+from secateur.engine.binding import Binding
+from secateur.engine.blocks import Structure, find_structure
+from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
+from secateur.engine.forward import probe_inputs, rehearse
+from secateur.engine.plan import Plan, make_plan, plan_globally
+from secateur.engine.sink import CheckpointSink, tensor_digest
+from secateur.engine.skeleton import build_skeleton
+from secateur.engine.stream import BlockStream
+from secateur.errors import CheckpointError, UsageError, WeightValueError
+from secateur.plugins import Criterion, Method, make_criterion, make_method, sees_dense_block
+from secateur.progress import Recorder, Reporter
+from secateur.recipe import Recipe
+from secateur.result import RESULT_FILE, PrunedMatrix
+from secateur.structured.configure import apply_changes, cut_shapes, shapes_of
+from secateur.structured.plan import WidthPlan, plan_widths
+from secateur.structured.stream import UnitStream
+from secateur.verbs.calibration import Calibration, Data, load_calibration
+from secateur.verbs.provenance import versions
+from secateur.verify import Expected
+
+
+@dataclass
+class Job:
+    """Everything a run needs, checked, before anything is written."""
+
+    source: Source
+    recipe: Recipe
+    method: Method | Criterion
+    model: transformers.PreTrainedModel
+    structure: Structure
+    reader: CheckpointReader
+    binding: Binding
+    plan: Plan
+    calibration: Calibration
+    device: torch.device
+    compute: torch.dtype
+    dtype: torch.dtype | None
+    source_hash: str
+    width: WidthPlan | None = None
+    """What goes, when whole units do."""
+
+    @property
+    def layout(self) -> Layout:
+        """Shards, names and shapes of the result."""
+        return layout_like(self.reader, self.dtype, self.new_shapes)
+
+    @property
+    def new_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Checkpoint key -> shape, of every tensor that is cut."""
+        if self.width is None:
+            return {}
+        old = shapes_of(self.model)
+        new = cut_shapes(old, self.width.couplings, {kind: after for kind, (_, after) in self.width.units.items()})
+        return {self.binding.unit_of(name).keys[0]: shape for name, shape in new.items() if shape != old[name]}
+
+    @property
+    def prunable(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Checkpoint key -> number of weights, for every tensor that may be pruned; before and after."""
+        names = [matrix.name for matrix in self.structure.matrices]
+        before = {key: self.reader.info(key).numel for key in self.binding.keys_of(names)}
+        return before, before | {k: math.prod(v) for k, v in self.new_shapes.items() if k in before}
+
+    @property
+    def removed(self) -> float | None:
+        """Share of the prunable weights that go, when whole units do."""
+        return None if self.width is None else self.width.removed / sum(self.prunable[0].values())
+
+
+@dataclass
+class Written:
+    """Results of all matrices, and what a verification must find on the disk."""
+
+    matrices: list[PrunedMatrix]
+    expected: Expected
+
+
+def merge(
+    recipe: Recipe | None, method: str | Method | Criterion | None, settings: dict[str, Any]
+) -> tuple[Method | Criterion | None, Recipe]:
+    """Lay keyword arguments over a recipe; a method object stands beside it, with its options noted in it."""
+    values = recipe.to_dict() if recipe is not None else {}
+    values.update(settings)
+    if isinstance(method, str):
+        if values.get("method") != method:
+            values["method_options"] = settings.get("method_options", {})
+        values["method"] = method
+    elif method is not None:
+        values["method"], values["method_options"] = getattr(method, "name", type(method).__name__), options_of(method)
+    chosen = method if method is not None and not isinstance(method, str) else None
+    return chosen, Recipe.from_dict(values, where="prune")
+
+
+def options_of(method: Method | Criterion) -> dict[str, Any]:
+    """The options of a method by name, as its dataclass has them."""
+    options: Any = method
+    fields = dataclasses.fields(options) if dataclasses.is_dataclass(options) else ()
+    return {entry.name: getattr(options, entry.name) for entry in fields}
+
+
+def prepare(
+    source: Source, recipe: Recipe, method: Method | Criterion | None, data: Data | None, reporter: Recorder,
+    stack: ExitStack,
+) -> Job:  # fmt: skip
+    """Open and check everything. Nothing is written here."""
+    if method is None:
+        make = make_criterion if recipe.structure else make_method
+        method = make(recipe.method, recipe.method_options)
+    if hasattr(method, "choose") != bool(recipe.structure):
+        needs = "needs" if hasattr(method, "choose") else "has no meaning with"
+        raise UsageError(f"method {recipe.method} {needs} --structure", hint="`secateur methods` lists both kinds")
+    device = resolve_device(recipe.device)
+    asked = recipe.compute_dtype
+    if asked == "auto" and isinstance(method, Method) and sees_dense_block(method, recipe.parsed_pattern):
+        asked = "float32"  # who asks for the paper's procedure wants its numbers, and these hang on rounding
+    compute, dtype = compute_dtype(asked, device), parse_dtype(recipe.dtype, "dtype")
+    activation_limit(recipe.activation_memory)
+    check_model_folder(source.folder)
+    model = build_skeleton(source.folder)
+    reader = stack.enter_context(CheckpointReader(source.folder))
+    binding = Binding(model, reader.keys)
+    if binding.missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(binding.missing)} weights of the model, the first is {binding.missing[0]}",
+            hint="config.json names another architecture than the weights have",
+        )
+    structure = find_structure(model)
+    plan = Plan() if recipe.structure else make_plan(recipe, structure)
+    rehearse(model, structure, binding, reader)
+    width = None
+    if recipe.structure:
+        width = plan_widths(
+            transformers.AutoConfig.from_pretrained(source.folder), model, structure, binding, reader,
+            recipe.structure, recipe.effective_sparsity, recipe.round_to,
+        )  # fmt: skip
+    calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
+    if _needs_data(method, recipe):
+        calibration = load_calibration(recipe, model, source.folder, reporter, data=data, demo=source.kind == "demo")
+    check_finite(reader, reporter)
+    if dtype is not None:
+        _check_fits(reader, dtype)
+    digest = hash_folder(source.folder)
+    trim_memory()  # tokenizer and text are no longer needed
+    if isinstance(method, Method):
+        plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
+    return Job(
+        source, recipe, method, model, structure, reader, binding, plan, calibration, device, compute, dtype, digest,
+        width,
+    )  # fmt: skip
+
+
+def _needs_data(method: Method | Criterion, recipe: Recipe) -> bool:
+    if isinstance(method, Method):
+        return method.statistics != "none"
+    return method.data or recipe.update
+
+
+def _check_fits(reader: CheckpointReader, dtype: torch.dtype) -> None:
+    """Refuse a number format in which a weight would become infinite."""
+    for key in reader.keys:
+        if reader.info(key).dtype.is_floating_point:
+            for chunk in reader.chunks(key):
+                if not torch.isfinite(chunk.to(dtype)).all():
+                    name = str(dtype).removeprefix("torch.")
+                    raise WeightValueError(f"{key} holds values too large for {name}", hint="use --dtype bfloat16")
+
+
+def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
+    """Prune block by block into the partial folder, and put everything beside the weights that a model needs."""
+    keys_of = {block.index: job.binding.keys_of(block.tensors) for block in job.structure.blocks}
+    ledger = Ledger.begin(partial / LEDGER, _fingerprint(job), resume=resume)
+    limit = activation_limit(job.recipe.activation_memory)
+    with CheckpointWriter(partial, job.layout, resume=resume) as writer:
+        sink = CheckpointSink(job.reader, writer, ledger, keys_of)
+        if sink.blocks_done:
+            reporter.note(f"resuming: {sink.blocks_done} of {len(keys_of)} blocks are done")
+        stream = _stream(job, sink, ActivationStore(limit, partial), reporter)
+        probe = job.calibration.probe or probe_inputs(job.model)
+        result = stream.run(job.calibration.batches, probe)
+        sink.copy_rest()
+        shards = writer.finish()
+    tell_notes(result.matrices, reporter)
+    copy_side_files(job.source.folder, partial)
+    _write_config(job, partial)
+    return Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe, job.source.folder))
+
+
+def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Reporter) -> BlockStream:
+    if isinstance(job.method, Method):
+        return BlockStream(
+            job.model, job.structure, job.binding, job.reader, sink, job.method, job.plan, store, job.device,
+            job.compute, job.recipe.seed, reporter,
+        )  # fmt: skip
+    assert job.width is not None
+    corrected = job.recipe.update and any(one.coupling.additive for jobs in job.width.jobs.values() for one in jobs)
+    return UnitStream(
+        job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store, job.device,
+        job.compute, job.recipe.seed, reporter, teacher=job.reader if corrected else None, jobs=job.width.jobs,
+        criterion=job.method, update=job.recipe.update,
+    )  # fmt: skip
+
+
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: everything that changes a byte of the result."""
+    recipe = job.recipe.to_dict() | {"method_options": options_of(job.method)}
+    recipe.pop("activation_memory")
+    return {
+        "recipe": recipe,
+        "source_sha256": job.source_hash,
+        "calibration": job.calibration.protocol,
+        "calibration_sha256": _digest_of(job.calibration.batches),
+        "config_sha256": hashlib.sha256((job.source.folder / "config.json").read_bytes()).hexdigest(),
+        "device": str(job.device),
+        "compute_dtype": str(job.compute),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+
+
+def _digest_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
+    """Hex sha256 of all calibration inputs: the same text, cut by the same tokenizer."""
+    digests = [f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_digest(tensor.cpu())}" for batch in batches
+               for name, tensor in sorted(batch.items())]  # fmt: skip
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _write_config(job: Job, partial: Path) -> None:
+    """The config as it is, but for another number format when one was asked for, and for what says the new shapes."""
+    text = (job.source.folder / "config.json").read_text(encoding="utf-8")
+    if job.dtype is not None or job.width is not None:
+        config = json.loads(text)
+        if job.dtype is not None:
+            config.pop("torch_dtype", None)
+            config["dtype"] = str(job.dtype).removeprefix("torch.")
+        if job.width is not None:
+            config = apply_changes(config, job.width.shrunk.changes)
+        text = json.dumps(config, indent=2) + "\n"
+    (partial / "config.json").write_text(text, encoding="utf-8")
+
+
+def tell_notes(matrices: Sequence[PrunedMatrix], reporter: Reporter) -> None:
+    """What methods reported, each kind once with a count; the result file has them matrix by matrix."""
+    seen: dict[str, list[str]] = {}
+    for matrix in matrices:
+        for note in matrix.notes:
+            seen.setdefault(note, []).append(matrix.name)
+    for note, names in list(seen.items())[:10]:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        reporter.warn(f"{names[0]}{more}: {note}")
+    if len(seen) > 10:
+        reporter.warn(f"{len(seen) - 10} more notes are in {RESULT_FILE}")
