@@ -15,8 +15,9 @@ from secateur.patterns import Pattern, check_sparsity, parse_pattern
 DEFAULT_SPARSITY = 0.5
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 2048
-STRUCTURES = ("ffn", "kv-groups", "heads")
+STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
 """What --structure can remove."""
+DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,9 @@ class Recipe:
     pattern: str = "unstructured"
     """unstructured, or N:M to keep N of every M consecutive inputs."""
     structure: tuple[str, ...] = ()
-    """Remove whole units instead of single weights: ffn, kv-groups or heads; several divided by commas."""
+    """Remove whole units instead of single weights: depth, ffn, kv-groups, heads; several divided by commas."""
+    depth_by: str = "auto"
+    """How --structure depth chooses blocks: greedy, influence or angular; auto is greedy where that is affordable."""
     round_to: int = 32
     """Neurons that stay are a multiple of this (with --structure ffn)."""
     update: bool = True
@@ -97,7 +100,9 @@ class Recipe:
                 raise UnknownNameError("structure", name, STRUCTURES)
         if len(set(self.structure)) < len(self.structure):
             raise RecipeError(f"structure {', '.join(self.structure)} names one twice")
-        own = {"round_to": self.round_to != 32, "update": not self.update}
+        if self.depth_by not in DEPTH_WAYS:
+            raise UnknownNameError("way to choose blocks", self.depth_by, DEPTH_WAYS)
+        own = {"round_to": self.round_to != 32, "update": not self.update, "depth_by": self.depth_by != "auto"}
         other = {
             "pattern": self.pattern != "unstructured", "allocation": self.allocation != "uniform",
             "targets": bool(self.targets), "ignore": bool(self.ignore), "overrides": bool(self.overrides),
@@ -106,6 +111,8 @@ class Recipe:
             if given:
                 where = "has no meaning with --structure" if self.structure else "needs --structure"
                 raise RecipeError(f"{name} {where}", hint="leave it out")
+        if self.structure and "depth" not in self.structure and self.depth_by != "auto":
+            raise RecipeError("depth_by needs --structure depth", hint="leave it out")
 
     @property
     def parsed_pattern(self) -> Pattern:
@@ -146,7 +153,7 @@ class Recipe:
         return cls(**values)
 
 
-_STRINGS = {"method", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}
+_STRINGS = {"method", "depth_by", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}
 _INTEGERS = {"samples", "sequence_length", "seed", "round_to"}
 
 

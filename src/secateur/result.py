@@ -135,6 +135,10 @@ class PruneResult(_Plain):
     protocol: dict[str, Any] = field(default_factory=dict)
     verification: dict[str, Any] = field(default_factory=dict)
     matrices: list[PrunedMatrix] = field(default_factory=list)
+    blocks_kept: list[int] | None = None
+    """Numbers, in the source, of the blocks that stayed; None when none was left out."""
+    shape_changes: dict[str, Any] = field(default_factory=dict)
+    """Config entries that changed with the shapes, nested ones with dots."""
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)

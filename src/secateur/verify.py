@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from secateur.checkpoint.reader import CheckpointReader
+from secateur.checkpoint.view import CheckpointView
 from secateur.checkpoint.writer import hash_file
 from secateur.errors import SecateurError, VerificationError
 from secateur.measure.compare import Worker
@@ -41,6 +42,8 @@ class Expected:
     output: torch.Tensor | None = None
     source: Path | None = None
     """Folder of the dense model: what was not pruned must be the same there, byte for byte."""
+    origin: Mapping[str, str] | None = None
+    """Checkpoint key -> key in the source; None when they are the same and none is left out."""
 
 
 def verify(folder: Path, expected: Expected, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -54,7 +57,7 @@ def verify(folder: Path, expected: Expected, reporter: Reporter | None = None) -
     checked["bytes"] = sum((folder / name).stat().st_size for name in expected.shards)
     checked["zeros"] = _check_zeros(folder, expected)
     if expected.source is not None:
-        checked["tensors_unchanged"] = _check_copies(folder, expected.source, expected.zeros)
+        checked["tensors_unchanged"] = _check_copies(folder, expected.source, expected.zeros, expected.origin)
     if expected.inputs is not None and expected.output is not None:
         answer, loader = _fresh_output(folder, expected.inputs, reporter or Reporter())
         checked["loader"] = loader
@@ -104,10 +107,11 @@ def _check_zeros(folder: Path, expected: Expected) -> int:
     return total
 
 
-def _check_copies(folder: Path, source: Path, pruned: Container[str]) -> int:
+def _check_copies(folder: Path, source: Path, pruned: Container[str], origin: Mapping[str, str] | None) -> int:
     """Compare every tensor that was not pruned with the source's; where the number format changed, by value."""
     same = 0
-    with CheckpointReader(source) as dense, CheckpointReader(folder) as made:
+    whole = CheckpointReader(source) if origin is None else CheckpointView(source, origin)
+    with whole as dense, CheckpointReader(folder) as made:
         if set(dense.keys) != set(made.keys):
             raise VerificationError(f"{folder} does not hold the tensors of {source}")
         for key in made.keys:

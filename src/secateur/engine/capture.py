@@ -72,6 +72,8 @@ class Lane(greenlet):
         """Input of the latest matrix, its version and the statistics it went into: the next matrix may get the same."""
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         """Arguments of the block at whose entry the forward stands."""
+        self.skip: frozenset[int] = frozenset()
+        """Blocks that hand on what they get."""
         self.pause_at_end = False
         """Whether to pause when a block is left."""
         self.keep_output = False
@@ -166,6 +168,7 @@ class Capture:
         self._on_outside = on_outside
         self._handles: list[Any] = []
         self._overridden: list[nn.Module] = []
+        self._in_tuple = False
 
     def __enter__(self) -> Capture:
         inside: set[str] = set()
@@ -174,6 +177,7 @@ class Capture:
             inside.update(name for name, _ in module.named_modules(prefix=block.name))
             self._handles.append(module.register_forward_pre_hook(self._enter_block(block), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._leave_block(block)))
+            self._override(module, self._skippable(block, module.forward))
             for matrix in block.matrices:
                 if not matrix.experts:
                     self._watch_linear(matrix)
@@ -212,6 +216,7 @@ class Capture:
             lane = getcurrent()
             if not isinstance(lane, Lane):
                 return
+            self._in_tuple = isinstance(output, tuple)
             if lane.keep_output:
                 with torch._C.DisableTorchFunction():  # a copy that the lane's watcher does not know and never empties
                     lane.output = output_tensor(output).clone()
@@ -221,6 +226,19 @@ class Capture:
                 _pause(Finished())  # never resumed: what follows is the head, which nobody asked for
 
         return hook
+
+    def _skippable(self, block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            lane = getcurrent()
+            if not isinstance(lane, Lane) or block.index not in lane.skip:
+                return forward(*args, **kwargs)
+            return handed_on(args, kwargs, in_tuple=self._in_tuple)
+
+        return passing
+
+    def _override(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        module.__dict__["forward"] = forward
+        self._overridden.append(module)
 
     def _enter_outside(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -239,8 +257,25 @@ class Capture:
                 _pause(AtMatrix(matrix.name, 0, input))
             return forward(input, *args, **kwargs)
 
-        module.__dict__["forward"] = paused
-        self._overridden.append(module)
+        self._override(module, paused)
+
+
+def first_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a block: the first floating tensor.
+
+    Raises:
+        UnsupportedModelError: when there is none.
+    """
+    for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+    raise UnsupportedModelError("a block gets no hidden states", hint="blocks of this model cannot be left out")
+
+
+def handed_on(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, in_tuple: bool) -> Any:
+    """What a block that does nothing returns."""
+    states = first_states(args, kwargs)
+    return (states,) if in_tuple else states
 
 
 class ExpertTensor(torch.Tensor):

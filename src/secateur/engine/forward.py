@@ -25,13 +25,15 @@ from secateur.plugins import make_method
 from secateur.result import PrunedMatrix
 
 
-class _Source(TensorReader, Protocol):
+class Source(TensorReader, Protocol):
+    """Tensors and their number formats."""
+
     def dtype(self, key: str) -> torch.dtype:
         """Number format of a key."""
 
 
-class _Stored:
-    """The tensors of a checkpoint."""
+class Stored:
+    """The tensors of a checkpoint, as they are."""
 
     def __init__(self, reader: CheckpointReader) -> None:
         self._reader = reader
@@ -43,7 +45,7 @@ class _Stored:
         return self._reader.info(key).dtype
 
 
-class _Zeros(_Stored):
+class _Zeros(Stored):
     """Zeros in the shapes of a checkpoint: the system gives them memory only where something is written."""
 
     def tensor(self, key: str) -> torch.Tensor:
@@ -57,7 +59,7 @@ class _Zeros(_Stored):
 class NoSink:
     """A sink in which every block is already done."""
 
-    def __init__(self, source: _Source) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
 
     def done(self, index: int) -> list[PrunedMatrix]:
@@ -87,7 +89,7 @@ def stream_forward(folder: Path, inputs: Mapping[str, torch.Tensor]) -> torch.Te
     """
     model = build_skeleton(folder)
     with CheckpointReader(folder) as reader:
-        return _forward(model, find_structure(model), Binding(model, reader.keys), _Stored(reader), inputs)
+        return _forward(model, find_structure(model), Binding(model, reader.keys), Stored(reader), inputs)
 
 
 def stream_losses(folder: Path, windows: torch.Tensor, device: torch.device, scratch: Path) -> list[float]:
@@ -108,13 +110,29 @@ def stream_losses(folder: Path, windows: torch.Tensor, device: torch.device, scr
 
     model = build_skeleton(folder)
     with CheckpointReader(folder) as reader:
-        source, store = _Stored(reader), ActivationStore(activation_limit("auto"), scratch)
+        source, store = Stored(reader), ActivationStore(activation_limit("auto"), scratch)
         binding, structure = Binding(model, reader.keys), find_structure(model)
-        stream = _Forwards(
-            model, structure, binding, source, NoSink(source), make_method("magnitude"), Plan(), store, device
-        )
         batches = [inputs_of_window(model, window[None]) for window in windows]
-        return stream.outputs(batches, lambda index, output: loss(output, windows[index]))
+        return forward_outputs(
+            model, structure, binding, source, NoSink(source), store, batches,
+            lambda index, output: loss(output, windows[index]), device=device,
+        )  # fmt: skip
+
+
+def forward_outputs(
+    model: transformers.PreTrainedModel, structure: Structure, binding: Binding, source: TensorReader, sink: NoSink,
+    store: ActivationStore, batches: Sequence[Mapping[str, torch.Tensor]], take: Callable[[int, Any], float], *,
+    skip: frozenset[int] = frozenset(), device: torch.device | None = None,
+) -> list[float]:  # fmt: skip
+    """What ``take`` makes of the number and the output of every forward, in float32; outputs are not kept.
+
+    Args:
+        skip: blocks that hand on what they get.
+    """
+    stream = _Forwards(
+        model, structure, binding, source, sink, make_method("magnitude"), Plan(), store, device or torch.device("cpu")
+    )
+    return stream.outputs(batches, take, skip)
 
 
 _POSITIONS = 256
@@ -124,9 +142,12 @@ _POSITIONS = 256
 class _Forwards(BlockStream):
     """Several forwards through a whole model, head included; nothing is pruned."""
 
-    def outputs(self, batches: Sequence[Mapping[str, torch.Tensor]], take: Callable[[int, Any], float]) -> list[float]:
-        """What ``take`` makes of the number and the output of every forward; outputs are not kept."""
+    def outputs(
+        self, batches: Sequence[Mapping[str, torch.Tensor]], take: Callable[[int, Any], float], skip: frozenset[int]
+    ) -> list[float]:
         lanes = [self._lane(batch, observed=False) for batch in batches]
+        for lane in lanes:
+            lane.skip = skip
         taken: dict[int, float] = {}
         try:
             with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
@@ -176,7 +197,7 @@ def _forward(
     model: transformers.PreTrainedModel,
     structure: Structure,
     binding: Binding,
-    source: _Source,
+    source: Source,
     inputs: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
     store = ActivationStore(None, Path(tempfile.gettempdir()))

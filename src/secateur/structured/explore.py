@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,21 @@ Visit = Callable[[Block, nn.Module, Call, dict[str, torch.Tensor]], None]
 
 
 class RandomTensors:
-    """Random numbers in the shapes of a checkpoint, float32, the same for the same key every time."""
+    """Random numbers in the shapes of a checkpoint, float32, the same for the same tensor every time.
 
-    def __init__(self, reader: CheckpointReader) -> None:
+    Args:
+        origin: name by which a key draws its numbers; the key itself where it is not named.
+    """
+
+    def __init__(self, reader: CheckpointReader, origin: Mapping[str, str] | None = None) -> None:
         self._reader = reader
+        self._origin = origin or {}
 
     def tensor(self, key: str) -> torch.Tensor:
         info = self._reader.info(key)
         if not info.dtype.is_floating_point:
             return self._reader.tensor(key)
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big")
+        seed = int.from_bytes(hashlib.sha256(self._origin.get(key, key).encode()).digest()[:7], "big")
         made = torch.randn(info.shape, generator=torch.Generator().manual_seed(seed))
         if len(info.shape) < 2:
             return made.mul_(0.1).add_(1.0)  # norms near one; a bias of one does no harm

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,10 @@ from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PrunedMatrix
 from secateur.structured.configure import apply_changes, cut_shapes, shapes_of
-from secateur.structured.plan import WidthPlan, plan_widths
 from secateur.structured.stream import UnitStream
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.provenance import versions
+from secateur.verbs.shape import Model, Shape, plan_shape
 from secateur.verify import Expected
 
 
@@ -60,7 +60,9 @@ class Job:
     compute: torch.dtype
     dtype: torch.dtype | None
     source_hash: str
-    width: WidthPlan | None = None
+    prunable_before: dict[str, int]
+    """Checkpoint key -> number of weights of every tensor that may be pruned, in the source."""
+    shape: Shape = field(default_factory=Shape)
     """What goes, when whole units do."""
 
     @property
@@ -71,23 +73,25 @@ class Job:
     @property
     def new_shapes(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint key -> shape, of every tensor that is cut."""
-        if self.width is None:
+        width = self.shape.width
+        if width is None:
             return {}
         old = shapes_of(self.model)
-        new = cut_shapes(old, self.width.couplings, {kind: after for kind, (_, after) in self.width.units.items()})
+        new = cut_shapes(old, width.couplings, {kind: after for kind, (_, after) in width.units.items()})
         return {self.binding.unit_of(name).keys[0]: shape for name, shape in new.items() if shape != old[name]}
 
     @property
     def prunable(self) -> tuple[dict[str, int], dict[str, int]]:
         """Checkpoint key -> number of weights, for every tensor that may be pruned; before and after."""
         names = [matrix.name for matrix in self.structure.matrices]
-        before = {key: self.reader.info(key).numel for key in self.binding.keys_of(names)}
-        return before, before | {k: math.prod(v) for k, v in self.new_shapes.items() if k in before}
+        after = {key: self.reader.info(key).numel for key in self.binding.keys_of(names)}
+        return self.prunable_before, after | {k: math.prod(v) for k, v in self.new_shapes.items() if k in after}
 
     @property
     def removed(self) -> float | None:
         """Share of the prunable weights that go, when whole units do."""
-        return None if self.width is None else self.width.removed / sum(self.prunable[0].values())
+        before, after = (sum(side.values()) for side in self.prunable)
+        return 1 - after / before if self.recipe.structure else None
 
 
 @dataclass
@@ -150,32 +154,43 @@ def prepare(
     structure = find_structure(model)
     plan = Plan() if recipe.structure else make_plan(recipe, structure)
     rehearse(model, structure, binding, reader)
-    width = None
+    names = [matrix.name for matrix in structure.matrices]
+    prunable = {key: reader.info(key).numel for key in binding.keys_of(names)}
+    loaded: list[Calibration] = []
+
+    def calibrated() -> Calibration:
+        if not loaded:
+            demo = source.kind == "demo"
+            loaded.append(load_calibration(recipe, model, source.folder, reporter, data=data, demo=demo))
+        return loaded[0]
+
+    opened = Model(model, structure, reader, binding)
+    shape = Shape()
     if recipe.structure:
-        width = plan_widths(
-            transformers.AutoConfig.from_pretrained(source.folder), model, structure, binding, reader,
-            recipe.structure, recipe.effective_sparsity, recipe.round_to,
-        )  # fmt: skip
+        check_finite(reader, reporter)
+        shape = plan_shape(recipe, source, opened, calibrated, device, compute, reporter, stack)
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
     if _needs_data(method, recipe):
-        calibration = load_calibration(recipe, model, source.folder, reporter, data=data, demo=source.kind == "demo")
-    check_finite(reader, reporter)
+        calibration = calibrated()
+    if not recipe.structure:
+        check_finite(reader, reporter)
     if dtype is not None:
         _check_fits(reader, dtype)
     digest = hash_folder(source.folder)
+    loaded.clear()
     trim_memory()  # tokenizer and text are no longer needed
     if isinstance(method, Method):
         plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
     return Job(
-        source, recipe, method, model, structure, reader, binding, plan, calibration, device, compute, dtype, digest,
-        width,
+        source, recipe, method, opened.skeleton, opened.structure, opened.reader, opened.binding, plan, calibration,
+        device, compute, dtype, digest, prunable, shape,
     )  # fmt: skip
 
 
 def _needs_data(method: Method | Criterion, recipe: Recipe) -> bool:
     if isinstance(method, Method):
         return method.statistics != "none"
-    return method.data or recipe.update
+    return (method.data or recipe.update) and set(recipe.structure) != {"depth"}
 
 
 def _check_fits(reader: CheckpointReader, dtype: torch.dtype) -> None:
@@ -205,7 +220,8 @@ def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
     tell_notes(result.matrices, reporter)
     copy_side_files(job.source.folder, partial)
     _write_config(job, partial)
-    return Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe, job.source.folder))
+    origin = job.shape.depth.origin if job.shape.depth else None
+    return Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe, job.source.folder, origin))
 
 
 def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Reporter) -> BlockStream:
@@ -214,11 +230,12 @@ def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Re
             job.model, job.structure, job.binding, job.reader, sink, job.method, job.plan, store, job.device,
             job.compute, job.recipe.seed, reporter,
         )  # fmt: skip
-    assert job.width is not None
-    corrected = job.recipe.update and any(one.coupling.additive for jobs in job.width.jobs.values() for one in jobs)
+    width = job.shape.width
+    jobs = width.jobs if width is not None else {}
+    corrected = job.recipe.update and any(one.coupling.additive for own in jobs.values() for one in own)
     return UnitStream(
         job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store, job.device,
-        job.compute, job.recipe.seed, reporter, teacher=job.reader if corrected else None, jobs=job.width.jobs,
+        job.compute, job.recipe.seed, reporter, teacher=job.reader if corrected else None, jobs=jobs,
         criterion=job.method, update=job.recipe.update,
     )  # fmt: skip
 
@@ -229,6 +246,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     recipe.pop("activation_memory")
     return {
         "recipe": recipe,
+        "blocks": job.shape.depth.kept if job.shape.depth else None,
         "source_sha256": job.source_hash,
         "calibration": job.calibration.protocol,
         "calibration_sha256": _digest_of(job.calibration.batches),
@@ -250,13 +268,12 @@ def _digest_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
 def _write_config(job: Job, partial: Path) -> None:
     """The config as it is, but for another number format when one was asked for, and for what says the new shapes."""
     text = (job.source.folder / "config.json").read_text(encoding="utf-8")
-    if job.dtype is not None or job.width is not None:
+    if job.dtype is not None or job.shape.changes:
         config = json.loads(text)
         if job.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(job.dtype).removeprefix("torch.")
-        if job.width is not None:
-            config = apply_changes(config, job.width.shrunk.changes)
+        config = apply_changes(config, job.shape.changes)
         text = json.dumps(config, indent=2) + "\n"
     (partial / "config.json").write_text(text, encoding="utf-8")
 

@@ -146,6 +146,8 @@ def prune(
             },
             verification=verification,
             matrices=written.matrices,
+            blocks_kept=job.shape.depth.kept if job.shape.depth else None,
+            shape_changes={".".join(path): value for path, value in job.shape.changes.items()},
             warnings=recorder.warnings,
             versions=versions(),
             shards=dict(written.expected.shards),

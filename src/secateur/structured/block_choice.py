@@ -1,0 +1,194 @@
+"""Chooses the blocks to leave out.
+
+- greedy: one block after the other, each time the one without which the loss on calibration text is lowest (the outputs
+  are nearest to the whole model's, where there is no next token). About removed·(blocks - removed / 2) short forwards
+  through the model in memory.
+- influence: those that change their input least, 1 - mean over tokens of cos(x_l, x_{l+1}). Source: Men et al.,
+  "ShortGPT", 2024, eq. 1; all tokens count.
+- angular: the run of n blocks whose output points most in the direction of its input, arccos(cos(x_l, x_{l+n})) / pi on
+  the last token of each window. Source: Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", 2024,
+  eq. 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secateur.engine.blocks import Structure
+from secateur.engine.capture import AtBlock, Capture, Finished, first_states, handed_on
+from secateur.engine.inputs import output_tensor
+from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor
+from secateur.engine.stream import BlockStream
+from secateur.progress import Reporter
+
+GREEDY_TOKENS = 2048
+"""Calibration tokens that every candidate is measured on."""
+GREEDY_LIMIT = 1e15
+"""Most floating-point operations that auto spends on greedy removal: some ten minutes of a small computer."""
+
+
+def greedy_is_affordable(blocks: int, remove: int, parameters: int, tokens: int) -> bool:
+    """Whether auto takes greedy removal."""
+    forwards = sum(blocks - done for done in range(remove))
+    return 2.0 * parameters * tokens * forwards <= GREEDY_LIMIT
+
+
+@dataclass
+class States:
+    """Sums over calibration tokens of what block influence and angular distance need."""
+
+    cosine: dict[int, float] = field(default_factory=dict)
+    """Block -> sum of cosines between its input and its output."""
+    tokens: dict[int, int] = field(default_factory=dict)
+    last: dict[int, list[Tensor]] = field(default_factory=dict)
+    """Block -> its input at the last token of each window; one more entry for the output of the last block."""
+
+    def influence(self) -> list[float]:
+        """1 - mean cosine, block by block."""
+        return [1 - self.cosine[index] / self.tokens[index] for index in sorted(self.cosine)]
+
+    def angular(self, run: int) -> list[float]:
+        """Mean angle / pi between the input of every block and the output ``run`` blocks later."""
+        states = [torch.cat(self.last[index]) for index in sorted(self.last)]
+        pairs = zip(states, states[run:], strict=False)
+        return [float(F.cosine_similarity(a, b, dim=-1).clamp(-1, 1).acos().mean()) / math.pi for a, b in pairs]
+
+
+class StateStream(BlockStream):
+    """A dense forward that looks at what goes into and comes out of each block."""
+
+    def look(self, batches: Sequence[Mapping[str, Tensor]]) -> States:
+        """Gather the states of all batches, one block of weights in memory at a time."""
+        lanes = [self._lane(batch, observed=False) for batch in batches]
+        states = States()
+        self.reporter.stage("comparing blocks", len(self.structure.blocks))
+        try:
+            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
+                declare_dtype(self.model, self.compute_dtype)
+                self._load_buffers()
+                buffers_to(self.model, self.device)
+                for lane in lanes:
+                    lane.keep_output = True
+                    self._advance(lane)
+                self._release_outside()
+                for block in self.structure.blocks:
+                    names = [name for name in block.tensors if self.binding.bound(name)]
+                    tensors = self.binding.load(names, self.source)
+                    self._install(block, tensors, self.compute_dtype, frozen=True)
+                    for lane in lanes:
+                        if lane.event == AtBlock(block.index):
+                            self.store.unpark(lane.watcher)
+                            assert lane.call is not None
+                            before = first_states(*lane.call).detach().float().clone()
+                            self.store.park(lane.watcher)
+                            self._advance(lane)
+                            after, lane.output = lane.output.float(), None
+                            _add(states, block.index, before, after, last=isinstance(lane.event, Finished))
+                    for name in names:
+                        drop_tensor(self.model, name)
+                    self._release_outside()
+                    self.reporter.advance(block.name)
+        finally:
+            for lane in lanes:
+                lane.stop()
+            self._release_outside()
+            self.store.close()
+        return states
+
+
+def _add(states: States, index: int, before: Tensor, after: Tensor, *, last: bool) -> None:
+    cosine = F.cosine_similarity(before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1]), dim=-1)
+    states.cosine[index] = states.cosine.get(index, 0.0) + float(cosine.double().sum())
+    states.tokens[index] = states.tokens.get(index, 0) + len(cosine)
+    states.last.setdefault(index, []).append(before[:, -1].cpu())
+    if last:
+        states.last.setdefault(index + 1, []).append(after[:, -1].cpu())
+
+
+def least_influence(states: States, remove: int) -> list[int]:
+    """The blocks with the least influence, ascending; of equal ones the lower number."""
+    scores = states.influence()
+    return sorted(sorted(range(len(scores)), key=lambda index: (scores[index], index))[:remove])
+
+
+def smallest_angle(states: States, remove: int) -> list[int]:
+    """The run of blocks that turns its input least."""
+    scores = states.angular(remove)
+    start = min(range(len(scores)), key=lambda index: (scores[index], index))
+    return list(range(start, start + remove))
+
+
+def greedy_removal(
+    model: nn.Module, structure: Structure, remove: int, loss: Callable[[], float], reporter: Reporter
+) -> tuple[list[int], list[float]]:
+    """Leave out one block after the other, each time the one without which ``loss()`` of the model is lowest.
+
+    Returns:
+        The blocks, ascending, and the loss after each removal.
+    """
+    total = len(structure.blocks)
+    gone: set[int] = set()
+    losses: list[float] = []
+    reporter.stage("leaving out blocks", sum(total - done for done in range(remove)))
+    with skipping(model, structure, gone):
+        loss()  # shows what a block returns before one is skipped
+        for _ in range(remove):
+            found: dict[int, float] = {}
+            for index in range(total):
+                if index not in gone:
+                    gone.add(index)
+                    value = loss()
+                    found[index] = value if math.isfinite(value) else math.inf
+                    gone.discard(index)
+                    reporter.advance(f"block {index}")
+            best = min(found, key=lambda index: (found[index], index))
+            gone.add(best)
+            losses.append(found[best])
+    return sorted(gone), losses
+
+
+@contextmanager
+def skipping(model: nn.Module, structure: Structure, gone: set[int]) -> Iterator[None]:
+    """While it lasts, the blocks whose numbers are in ``gone``, which may change, hand on what they get."""
+    in_tuple = [False]
+
+    def wrapped(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            if index in gone:
+                return handed_on(args, kwargs, in_tuple=in_tuple[0])
+            output = forward(*args, **kwargs)
+            in_tuple[0] = isinstance(output, tuple)
+            return output
+
+        return passing
+
+    modules = [model.get_submodule(block.name) for block in structure.blocks]
+    for block, module in zip(structure.blocks, modules, strict=True):
+        module.__dict__["forward"] = wrapped(block.index, module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.__dict__["forward"]
+
+
+def distance_from(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> Callable[[], float]:
+    """A loss for models without next tokens: relative squared distance of the outputs from those they give now."""
+    with torch.inference_mode():
+        wanted = [output_tensor(model(**batch)).float() for batch in batches]
+
+    def loss() -> float:
+        with torch.inference_mode():
+            made = [output_tensor(model(**batch)).float() for batch in batches]
+        pairs = zip(made, wanted, strict=True)
+        return sum(float((a - b).square().sum() / b.square().sum().clamp_min(1e-30)) for a, b in pairs) / len(wanted)
+
+    return loss

@@ -1,0 +1,182 @@
+"""What a structured pruning of a model will be: blocks first, then the units of those that stay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from secateur.checkpoint.reader import CheckpointReader
+from secateur.checkpoint.source import Source
+from secateur.checkpoint.view import CheckpointView
+from secateur.engine.activations import ActivationStore
+from secateur.engine.binding import Binding
+from secateur.engine.blocks import Structure, find_structure
+from secateur.engine.device import activation_limit
+from secateur.engine.forward import NoSink, Stored, rehearse
+from secateur.engine.plan import Plan
+from secateur.errors import UnsupportedModelError, UsageError
+from secateur.measure.model import load_model
+from secateur.measure.perplexity import perplexity
+from secateur.plugins import make_method
+from secateur.progress import Recorder
+from secateur.recipe import Recipe
+from secateur.structured import block_choice
+from secateur.structured.configure import changed
+from secateur.structured.depth import DepthPlan, block_count, without_blocks
+from secateur.structured.plan import WidthPlan, plan_widths
+from secateur.verbs.calibration import Calibration
+
+
+@dataclass
+class Model:
+    """A model without weights and its checkpoint; after `plan_shape` without the blocks that go."""
+
+    skeleton: transformers.PreTrainedModel
+    structure: Structure
+    reader: CheckpointReader
+    binding: Binding
+
+
+@dataclass
+class Shape:
+    """What goes, and the config entries that say so."""
+
+    depth: DepthPlan | None = None
+    width: WidthPlan | None = None
+
+    @property
+    def changes(self) -> dict[tuple[str, ...], Any]:
+        """Config key path -> new value."""
+        made: dict[tuple[str, ...], Any] = dict(self.depth.changes) if self.depth else {}
+        return made | (self.width.shrunk.changes if self.width else {})
+
+    @property
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        return ([self.depth.line()] if self.depth else []) + (self.width.lines() if self.width else [])
+
+
+def plan_shape(
+    recipe: Recipe, source: Source, model: Model, calibration: Callable[[], Calibration], device: torch.device,
+    compute: torch.dtype, reporter: Recorder, stack: ExitStack,
+) -> Shape:  # fmt: skip
+    """Decide what goes, and prove on random weights that it can.
+
+    Args:
+        model: changed in place to the one without the blocks that go.
+        calibration: loads the calibration data, where the choice of blocks needs it.
+
+    Raises:
+        UnsupportedModelError: when this model has no such structure, or it cannot be cut.
+        SparsityError: when the request comes to nothing, or leaves nothing.
+    """
+    config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+    kinds = [name for name in recipe.structure if name != "depth"]
+    sparsity, every = recipe.effective_sparsity, len(recipe.structure)
+    total = sum(matrix.size for matrix in model.structure.matrices)
+    shape = Shape()
+    if "depth" in recipe.structure and sparsity:
+        count = block_count(model.structure, sparsity / every)
+        gone = _choose_blocks(recipe, source, model, count, calibration(), device, compute, reporter)
+        shape.depth = without_blocks(config, model.skeleton, model.structure, model.binding, model.reader, gone)
+        config = changed(config, shape.depth.changes)
+        model.skeleton = shape.depth.skeleton
+        model.structure = find_structure(model.skeleton)
+        model.reader = stack.enter_context(CheckpointView(source.folder, shape.depth.origin))
+        model.binding = Binding(model.skeleton, model.reader.keys)
+        rehearse(model.skeleton, model.structure, model.binding, model.reader)
+    if kinds and sparsity:
+        left = sum(matrix.size for matrix in model.structure.matrices)
+        shape.width = plan_widths(
+            config, model.skeleton, model.structure, model.binding, model.reader, kinds,
+            sparsity * len(kinds) / every * total / left, recipe.round_to,
+        )  # fmt: skip
+    for line in shape.lines:
+        reporter.note(line)
+    return shape
+
+
+def _choose_blocks(
+    recipe: Recipe, source: Source, model: Model, count: int, calibration: Calibration, device: torch.device,
+    compute: torch.dtype, reporter: Recorder,
+) -> list[int]:  # fmt: skip
+    way = recipe.depth_by
+    total = len(model.structure.blocks)
+    batches = calibration.batches
+    fits = 2.5 * sum(model.reader.info(key).nbytes for key in model.reader.keys) < psutil.virtual_memory().available
+    if way == "auto":
+        size = sum(parameter.numel() for parameter in model.skeleton.parameters())
+        cheap = block_choice.greedy_is_affordable(total, count, size, block_choice.GREEDY_TOKENS)
+        way = "greedy" if fits and cheap else "influence"
+        reporter.note(f"blocks are chosen by {way}" + ("" if way == "greedy" else ": greedy would take long"))
+    if way == "greedy" and not fits:
+        raise UsageError(
+            "--depth-by greedy needs the model in memory, and it does not fit", hint="use --depth-by influence"
+        )
+    if way == "greedy":
+        whole = load_model(source.folder, device=str(device), dtype="float32")
+        loss = _measured_loss(whole, batches, device, compute)
+        gone, losses = block_choice.greedy_removal(whole, model.structure, count, loss, reporter)
+        reporter.note(f"loss on calibration text after each block: {', '.join(f'{value:.3f}' for value in losses)}")
+        return gone
+    stored = Stored(model.reader)
+    stream = block_choice.StateStream(
+        model.skeleton, model.structure, model.binding, stored, NoSink(stored), make_method("magnitude"), Plan(),
+        ActivationStore(activation_limit(recipe.activation_memory), source.folder), device, compute, recipe.seed,
+        reporter,
+    )  # fmt: skip
+    states = stream.look(batches)
+    choose = block_choice.least_influence if way == "influence" else block_choice.smallest_angle
+    return choose(states, count)
+
+
+def _measured_loss(
+    whole: transformers.PreTrainedModel, batches: list[dict[str, torch.Tensor]], device: torch.device,
+    compute: torch.dtype,
+) -> Callable[[], float]:  # fmt: skip
+    """Loss of a model on the first calibration tokens: next tokens where it has them, else distance of outputs."""
+    few = _first(batches, block_choice.GREEDY_TOKENS)
+
+    def precision() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(device.type, compute, enabled=compute != torch.float32)
+
+    rows = [batch["input_ids"] for batch in few if set(batch) == {"input_ids"}]
+    with precision():
+        if len(rows) == len(few):
+            windows = torch.cat([row for row in rows if row.shape[1] == rows[0].shape[1]])
+            with contextlib.suppress(UnsupportedModelError):
+                perplexity(whole, windows[:1, :2])
+                return _within(precision, lambda: perplexity(whole, windows).nll_per_token)
+        moved = [{name: value.to(device) for name, value in batch.items()} for batch in few]
+        return _within(precision, block_choice.distance_from(whole, moved))
+
+
+def _within(
+    precision: Callable[[], contextlib.AbstractContextManager[Any]], loss: Callable[[], float]
+) -> Callable[[], float]:
+    def measured() -> float:
+        with precision():
+            return loss()
+
+    return measured
+
+
+def _first(batches: list[dict[str, torch.Tensor]], tokens: int) -> list[dict[str, torch.Tensor]]:
+    """Batches until they hold that many tokens; at least one."""
+    taken: list[dict[str, torch.Tensor]] = []
+    for batch in batches:
+        taken.append(batch)
+        if sum(_tokens(one) for one in taken) >= tokens:
+            break
+    return taken
+
+
+def _tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    return max(value.shape[0] * (value.shape[1] if value.ndim == 2 else 1) for value in batch.values())
