@@ -104,7 +104,7 @@ def test_generate_prints_the_text_as_it_is(run, verb):
 
 
 def test_methods_lists_every_plugin_with_its_line(run):
-    found = {kind: available(kind) for kind in ("methods", "allocation", "schedules")}
+    found = {kind: available(kind) for kind in ("methods", "criteria", "allocation", "schedules")}
     assert len(found["methods"]) >= 4
     out = run("methods").out
     for lines in found.values():
@@ -113,16 +113,17 @@ def test_methods_lists_every_plugin_with_its_line(run):
     assert json.loads(run("methods", "--json").out) == found
 
 
-@pytest.mark.parametrize("name", available("methods"))
-def test_methods_tells_the_options_of_one(run, name):
-    described = describe("methods", name, "method")
+@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in ("methods", "criteria") for name in available(k)])
+def test_methods_tells_the_options_of_one(run, kind, name):
+    described = describe(kind, name, "method")
     result = run("methods", name)
     assert result.status == 0
     for option in described.options:
         assert option.help, f"option {option.name} of {name} has no docstring"
         assert option.name in result.out
     answer = json.loads(run("methods", name, "--json").out)
-    assert [option["name"] for option in answer["options"]] == [option.name for option in described.options]
+    (own,) = (one for one in [answer, *answer["others"]] if one["kind"] == kind)
+    assert [option["name"] for option in own["options"]] == [option.name for option in described.options]
 
 
 def test_an_unknown_method_gets_the_nearest_name(run):

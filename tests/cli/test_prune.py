@@ -63,6 +63,10 @@ FLAGS = {
     "method_options": (["--method-option", "block-size=64", "--method-option", "damping=0.1"], None),
     "sparsity": (["--sparsity", "0.25"], 0.25),
     "pattern": (["--pattern", "2:4"], "2:4"),
+    "structure": (["--structure", "ffn,heads"], ("ffn", "heads")),
+    "depth_by": (["--structure", "depth", "--depth-by", "influence"], "influence"),
+    "round_to": (["--structure", "ffn", "--round-to", "8"], 8),
+    "update": (["--structure", "ffn", "--no-update"], False),
     "allocation": (["--allocation", "other"], "other"),
     "calibration": (["--calibration", "text.txt"], "text.txt"),
     "samples": (["--samples", "7"], 7),
@@ -78,6 +82,10 @@ FLAGS = {
 }
 
 
+BESIDE = {"depth_by": {"structure": ("depth",)}, "round_to": {"structure": ("ffn",)}, "update": {"structure": ("ffn",)}}
+"""What must be set for a field to have a meaning."""
+
+
 def test_every_field_of_the_recipe_has_a_flag():
     assert set(FLAGS) == {field.name for field in dataclasses.fields(Recipe)}
 
@@ -88,7 +96,7 @@ def test_a_flag_sets_its_field_and_no_other(run, pruning, field):
     result = run("prune", "demo", "-o", "out", *flags)
     assert result.status == 0, result.err
     expected = {"block_size": "64", "damping": "0.1"} if field == "method_options" else value
-    assert pruning.kwargs["recipe"] == Recipe(**{field: expected})
+    assert pruning.kwargs["recipe"] == Recipe(**{field: expected}, **BESIDE.get(field, {}))
 
 
 @pytest.mark.parametrize("field", FLAGS)
@@ -103,13 +111,18 @@ def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
         "ignore": "*file*",
         "overrides": [{"match": "*file*", "sparsity": 0.1}],
         "seed": 99,
+        "structure": ["kv-groups"],
+        "depth_by": "angular",
+        "round_to": 99,
+        "update": True,
     }
     file = tmp_path / "recipe.yaml"
-    file.write_text(json.dumps({field: in_file.get(field, "file")}))
+    file.write_text(json.dumps({field: in_file.get(field, "file"), **BESIDE.get(field, {})}))
     flags, value = FLAGS[field]
     run("prune", "demo", "-o", "out", "--recipe", str(file), *flags)
     merged = {"block_size": "64", "other": 2, "damping": "0.1"}  # options are replaced one by one
-    assert pruning.kwargs["recipe"] == Recipe(**{field: merged if field == "method_options" else value})
+    wanted = {field: merged if field == "method_options" else value, **BESIDE.get(field, {})}
+    assert pruning.kwargs["recipe"] == Recipe(**wanted)
 
 
 def test_flags_that_are_not_given_leave_the_file_its_say(run, pruning, tmp_path):

@@ -190,7 +190,7 @@ def test_what_cannot_be_streamed_is_known_before_work_starts(
     assert obstacle is not None
     assert reason in obstacle
     # Not even the weights are looked at, let alone the text.
-    monkeypatch.setattr("secateur.verbs.prune.check_finite", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr("secateur.verbs.job.check_finite", lambda *_: pytest.fail("work has started"))
     with pytest.raises(UnsupportedModelError, match=reason):
         _prune(tmp_path / "model", tmp_path / "out")
     assert not list(tmp_path.glob("out*"))

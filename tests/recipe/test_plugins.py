@@ -110,7 +110,7 @@ def test_description_has_options_with_type_and_default():
         ("damping", "float", "0.01"),
     ]
     assert "|X (W - Q)^T|^2" in description.doc
-    assert plugins.describe("methods", "wanda", "method").options == ()
+    assert plugins.describe("methods", "random", "method").options == ()
 
 
 def test_a_target_outside_the_range_is_refused():
