@@ -148,6 +148,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "method details": lambda: plugin_details("methods", "method"),
         "allocation details": lambda: plugin_details("allocation", "allocation"),
     },
+    "docs/structured.md": {
+        "criteria": lambda: plugin_table("criteria"),
+        "criterion details": lambda: plugin_details("criteria", "method for --structure"),
+    },
     "docs/training.md": {"schedule details": lambda: plugin_details("schedules", "schedule")},
     "docs/cli.md": {"commands": command_reference},
     "docs/results.md": {
@@ -158,6 +162,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "speed",
             "memory",
             "evaluation",
+            "two_pass",
             "recovery",
             "generalisation",
             "step_cost",
