@@ -5,7 +5,7 @@ While a block is worked on it keeps its full shapes, with the columns of removed
 
 A consumer whose output is simply added to the block's output is refitted last, and so that the block as a whole gives
 what the dense block gave in the dense model: with X its inputs, W0 as it was, B the dense block's output and A what the
-block gives now, Y = B - (A - X W0^T) is what it should add. That corrects the errors of everything before it. Any other
+block gives now, Y = X W0^T + (B - A) is what it should add. That corrects the errors of everything before it. Any other
 consumer is refitted to its own output, Y = X W0^T.
 """
 
@@ -189,18 +189,20 @@ class UnitStream(PairedStream):
             self.store.unpark(self.targets[index].watcher)
             assert isinstance(lane.event, LeftBlock)
             x = seen.add(inputs[lane], spec.name)
-            rest = lane.event.output.reshape(-1, spec.out_features).float() - x @ before
-            cross.addmm_(x.t(), self.targets[index].output.reshape(-1, spec.out_features).float() - rest)
+            missing = self.targets[index].output.float() - lane.event.output.float()
+            cross.addmm_(x.t(), missing.reshape(-1, spec.out_features))
             self.store.park(self.targets[index].watcher)
             self.store.park(lane.watcher)
-        solved = self._solve(job, spec, whole, seen, cross)
-        change = self._linear(spec, whole) - before
+        # X^T Y with Y = X W0^T + what is missing; the first part needs no pass over the tokens.
+        solved = self._solve(job, spec, whole, seen, cross + seen.gram @ before)
+        change = (self._linear(spec, whole) - before).to(self.compute_dtype)
         for lane in lanes:
             self.store.unpark(lane.watcher)
             assert isinstance(lane.event, LeftBlock)
             output = lane.event.output
             with torch._C.DisableTorchFunction():  # in place: the lane's watcher must go on knowing this tensor
-                output += (_with_ones(inputs[lane], self.device) @ change).reshape(output.shape).to(output.dtype)
+                rows = inputs[lane].reshape(-1, spec.in_features).to(change.dtype)
+                output += torch.addmm(change[-1], rows, change[:-1]).reshape(output.shape).to(output.dtype)
             lane.pause_at_end = False
             self.store.park(lane.watcher)
             self._advance(lane)
