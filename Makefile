@@ -41,8 +41,9 @@ $(VENV)/dev: $(VENV)/secateur
 
 install: $(VENV)/secateur ## Install secateur into .venv
 
-demo: $(VENV)/secateur ## Prune a real model and show what it did
+demo: $(VENV)/secateur ## Prune a real model in two ways and show what it did
 	$(BIN)/secateur prune demo -o $(OUT) --overwrite $(ARGS)
+	$(BIN)/secateur prune demo -o $(OUT)-smaller --structure ffn --sparsity 0.2 --beside $(OUT) --overwrite
 
 test: $(VENV)/dev ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

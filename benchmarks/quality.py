@@ -4,11 +4,13 @@ Calibration is the first 32 windows of 1,024 tokens of the WikiText-2 validation
 first 40 windows of 1,024 tokens of the test text; accuracy on 3,400 minimal pairs of BLiMP (34 phenomena) and on 919
 questions of PIQA, each with its standard error. Nothing was chosen by any of these numbers.
 
-    SECATEUR_DATA=folder python benchmarks/quality.py
+    SECATEUR_DATA=folder python benchmarks/quality.py [--only "wanda 2:4"]
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,27 @@ QUESTIONED = ("wanda", "sparsegpt")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(("dense", *METHODS)), help="the other rows stay as they are")
+    chosen = parser.parse_args().only.split(",")
     data = _common.data_folder()
-    rows: list[dict[str, Any]] = [
-        {"method": "dense", "reference": PUBLISHED["dense"], **_reference.quality("demo", data)}
-    ]
+    path = _common.RESULTS / "quality.json"
+    rows: dict[str, dict[str, Any]] = {}
+    if path.is_file():
+        rows = {row["method"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    on = _common.machine()["processor"]
     with tempfile.TemporaryDirectory() as scratch:
-        for name in METHODS:
-            out = Path(scratch) / _reference.folder_name(name)
-            _reference.prune(name, out, data)
-            found = _reference.quality(str(out), data, questions=name in QUESTIONED)
-            rows.append({"method": name, "reference": PUBLISHED.get(name), **found})
-    _common.store("quality", " ".join(__doc__.split("\n\n")[1].split()), rows)
+        for name in ("dense", *METHODS):
+            if name not in chosen:
+                continue
+            model = "demo"
+            if name != "dense":
+                model = str(Path(scratch) / _reference.folder_name(name))
+                _reference.prune(name, Path(model), data)
+            found = _reference.quality(model, data, questions=name in ("dense", *QUESTIONED))
+            rows[name] = {"method": name, "reference": PUBLISHED.get(name), **found, "on": on}
+    ordered = [rows[name] for name in ("dense", *METHODS) if name in rows]
+    _common.store("quality", " ".join(__doc__.split("\n\n")[1].split()), ordered)
 
 
 if __name__ == "__main__":

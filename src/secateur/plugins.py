@@ -79,7 +79,8 @@ class Units:
     """X^T X of the inputs, (in, in)."""
     sums: torch.Tensor
     """Sum of the inputs over the tokens, (in,)."""
-    tokens: int
+    tokens: float
+    """Number of tokens, or the sum of their weights: those of ``gram`` and ``sums``."""
     problem: Quadratic
     """The least-squares problem of the matrix; it may have one more input, of ones, for a bias."""
     parts: int = 1

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.errors import CheckpointError
+
 SCHEMA_VERSION = 1
 RESULT_FILE = "secateur.json"
 
@@ -174,6 +176,25 @@ class RecoverResult(_Plain):
     shards: dict[str, str] = field(default_factory=dict)
     """Output shard name -> sha256 of its bytes."""
     schema_version: int = SCHEMA_VERSION
+
+
+def read_after(folder: Path) -> tuple[str, Measured]:
+    """What the result file of an earlier run says: sha256 of the model it started from, and the side after.
+
+    Raises:
+        CheckpointError: when there is none, or it is not one of a pruning.
+    """
+    path = folder / RESULT_FILE
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        names = {entry.name for entry in dataclasses.fields(Measured)}
+        after = {name: value for name, value in data["after"].items() if name in names}
+        return str(data["source"]["sha256"]), Measured(**after)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{folder} has no {RESULT_FILE} of a run of secateur that can be read",
+            hint="name the folder of a finished prune or recover",
+        ) from None
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -239,3 +239,25 @@ def test_method_options_are_read_back_whatever_the_value_holds(options):
 def test_a_method_option_given_twice_is_refused():
     with pytest.raises(UsageError, match="damping"):
         command.parse_method_options(["damping=1", "damping=2"])
+
+
+def test_earlier_results_stand_beside(run, pruning, tmp_path):
+    """As columns between before and after, when they started from the same model; others are named and left out."""
+    pruning.answer.source = {"sha256": "same"}
+    for name, digest in (("mine", "same"), ("other", "different")):
+        (tmp_path / name).mkdir()
+        data = {"source": {"sha256": digest}, "after": measured(perplexity=33.75).to_dict()}
+        (tmp_path / name / "secateur.json").write_text(json.dumps(data))
+    result = run("prune", "demo", "-o", "out", "--beside", str(tmp_path / "mine"), "--beside", str(tmp_path / "other"))
+    assert result.status == 0
+    header, first = (line for line in result.out.splitlines() if "\u2503" in line or "perplexity" in line)
+    assert header.split() == ["\u2503", "before", "\u2503", "mine", "\u2503", "after"]
+    assert [word for word in first.split() if word[0].isdigit()] == ["11.25", "33.75", "22.50"]
+    assert "--beside other started from another model" in result.err
+
+
+def test_a_result_beside_that_is_none_is_refused_before_work(run, pruning, tmp_path):
+    result = run("prune", "demo", "-o", "out", "--beside", str(tmp_path))
+    assert result.status == 2
+    assert "has no secateur.json" in result.err
+    assert not pruning.calls

@@ -25,6 +25,7 @@ from secateur.cli.options import recipe_option as option
 from secateur.errors import UsageError
 from secateur.progress import Reporter
 from secateur.recipe import Recipe, load_recipe
+from secateur.result import read_after
 
 Out = Annotated[
     Path | None,
@@ -90,6 +91,16 @@ Prompt = Annotated[
     ),
 ]
 
+Beside = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--beside",
+        metavar="FOLDER",
+        rich_help_panel=OUTPUT_PANEL,
+        help="Result of an earlier run on the same model, shown as one more column; can be given again.",
+    ),
+]
+
 
 def prune(
     model: Model,
@@ -124,6 +135,7 @@ def prune(
     data: MeasureData = "builtin",
     files: MeasureFiles = None,
     prompt: Prompt = None,
+    beside: Beside = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -153,6 +165,7 @@ def prune(
     }
     with console.working(quiet=quiet) as reporter:
         final = build_recipe(flags, recipe, reporter)
+        earlier = [(folder.name, *read_after(folder)) for folder in beside or ()]
         where = out if out is not None else default_out(model, final)
         if out is None:
             reporter.note(f"the result goes to {where}")
@@ -171,7 +184,13 @@ def prune(
             prompt=prompt,
             reporter=reporter,
         )
-    console.emit(result, json=json, render=lambda: tables.pruned(result))
+        shown = []
+        for name, digest, measured in earlier:
+            if digest == result.source["sha256"]:
+                shown.append((name, measured))
+            else:
+                reporter.warn(f"--beside {name} started from another model: it is not shown")
+    console.emit(result, json=json, render=lambda: tables.pruned(result, shown))
 
 
 def build_recipe(flags: Mapping[str, Any], file: Path | None, reporter: Reporter) -> Recipe:

@@ -64,9 +64,13 @@ def _accuracy(name: str) -> Callable[[Measured], str | None]:
     return lambda measured: percent(measured.accuracy.get(name), 1)
 
 
-def pruned(result: PruneResult) -> RenderableType:
-    """The table before and after, both continuations, the verdict, and where the result is."""
-    columns: list[Column] = [("before", result.before), ("after", result.after)]
+def pruned(result: PruneResult, beside: Sequence[Column] = ()) -> RenderableType:
+    """The table before and after, both continuations, the verdict, and where the result is.
+
+    Args:
+        beside: results of earlier runs on the same model, as further columns.
+    """
+    columns: list[Column] = [("before", result.before), *beside, ("after", result.after)]
     parts: list[RenderableType] = [comparison(columns), Text()]
     told = [(title, measured.continuation) for title, measured in columns if measured.continuation is not None]
     if told:

@@ -30,6 +30,6 @@ class Flap:
             WeightValueError: when a weight or a statistic is not finite.
         """
         norms = squared_norms(units.weight)
-        tokens = max(1, units.tokens)
+        tokens = units.tokens
         variance = units.gram.diagonal().to(norms) / tokens - (units.sums.to(norms) / tokens).square()
         return best_units(column_scores(norms * variance.clamp_min(0), units.columns), remove, units.parts)

@@ -29,5 +29,5 @@ class Wanda:
             WeightValueError: when a weight or a statistic is not finite.
         """
         norms = squared_norms(units.weight)
-        energy = units.gram.diagonal().to(norms) / max(1, units.tokens)
+        energy = units.gram.diagonal().to(norms) / units.tokens
         return best_units(column_scores(norms * energy, units.columns), remove, units.parts)

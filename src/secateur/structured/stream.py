@@ -136,7 +136,7 @@ class UnitStream(PairedStream):
         units = self.criterion.choose(
             Units(
                 weight=weight, columns=columns, feeding=self._feeding(coupling, whole), gram=seen.gram[:-1, :-1],
-                sums=seen.gram[-1, :-1], tokens=seen.statistics.tokens, problem=problem, parts=coupling.parts,
+                sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]), problem=problem, parts=coupling.parts,
             ),
             coupling.units - job.stay,
         )  # fmt: skip
@@ -188,9 +188,11 @@ class UnitStream(PairedStream):
             self.store.unpark(lane.watcher)
             self.store.unpark(self.targets[index].watcher)
             assert isinstance(lane.event, LeftBlock)
-            x = seen.add(inputs[lane], spec.name)
-            missing = self.targets[index].output.float() - lane.event.output.float()
-            cross.addmm_(x.t(), missing.reshape(-1, spec.out_features))
+            wanted = self.targets[index].output.reshape(-1, spec.out_features).float()
+            weight = wanted.square().mean(dim=1, keepdim=True).clamp_min(1e-12).rsqrt()
+            x = seen.add(inputs[lane], spec.name, weight)
+            missing = wanted - lane.event.output.reshape(-1, spec.out_features).float()
+            cross.addmm_(x.t(), missing * weight)
             self.store.park(self.targets[index].watcher)
             self.store.park(lane.watcher)
         # X^T Y with Y = X W0^T + what is missing; the first part needs no pass over the tokens.
@@ -255,9 +257,11 @@ class _Seen:
         assert gram is not None
         return gram
 
-    def add(self, x: Tensor, name: str) -> Tensor:
-        """Take inputs in; returns them as float32 rows with a one behind each."""
+    def add(self, x: Tensor, name: str, weight: Tensor | None = None) -> Tensor:
+        """Take inputs in; returns them as float32 rows with a one behind each, times ``weight`` (tokens, 1)."""
         rows = _with_ones(x, self.statistics.sum_squares.device)
+        if weight is not None:
+            rows *= weight.to(rows)
         try:
             self.statistics.update(rows)
         except CalibrationError as error:
