@@ -149,6 +149,24 @@ class PruneResult(_Plain):
 
 
 @dataclass
+class PlanResult(_Plain):
+    """What `secateur prune --structure ... --dry-run` prints."""
+
+    lines: list[str]
+    """The plan in words."""
+    removed: float
+    """Share of the prunable weights that would go."""
+    weights_before: int
+    weights_after: int
+    """Prunable weights."""
+    blocks_kept: list[int] | None
+    units: dict[str, list[int]]
+    """By structure: units of a block before and after."""
+    shape_changes: dict[str, Any]
+    """Config entries that would change, nested ones with dots."""
+
+
+@dataclass
 class RecoverResult(_Plain):
     """What `secateur recover` prints, and the bulk of the ``secateur.json`` it writes."""
 

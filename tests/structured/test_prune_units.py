@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file
 
 import secateur
+from secateur.cli.app import main
 from secateur.engine.inputs import output_tensor
 from secateur.errors import Interrupted, RecipeError, SparsityError, UnknownNameError, UnsupportedModelError, UsageError
 from secateur.progress import Reporter
@@ -170,6 +171,26 @@ def test_a_number_of_heads_that_the_config_refuses_names_the_nearest(tmp_path: P
         _prune(folder, tmp_path / "out", "llama", structure="heads", sparsity=0.06)
     assert "nearest numbers that are: 4" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_the_run_does_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_tiny(tmp_path / "model", "llama", intermediate_size=64)
+    flags = ["prune", str(folder), "-o", str(tmp_path / "out"), "--structure", "ffn,kv-groups", "--sparsity", "0.3"]
+    flags += ["--method", "magnitude", "--no-update", "--round-to", "8", "--json", "--quiet"]
+    assert main([*flags, "--dry-run"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert {path.name for path in tmp_path.iterdir()} == {"model"}
+    assert main([*flags, "--no-evaluate", "--no-verify"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert plan["removed"] == pytest.approx(result["sparsity"])
+    assert plan["shape_changes"] == result["shape_changes"]
+    assert plan["weights_before"] - plan["weights_after"] == (
+        result["before"]["parameters"] - result["after"]["parameters"]
+    )
+    assert main(["prune", str(folder), "-o", str(tmp_path / "out"), "--dry-run"]) == 2
+    assert "a plan needs a structure" in capsys.readouterr().err
 
 
 class StopAt(Reporter):

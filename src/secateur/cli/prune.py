@@ -101,6 +101,11 @@ Beside = Annotated[
     ),
 ]
 
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", rich_help_panel=OUTPUT_PANEL, help="With --structure: print the plan and stop there."),
+]
+
 
 def prune(
     model: Model,
@@ -136,6 +141,7 @@ def prune(
     files: MeasureFiles = None,
     prompt: Prompt = None,
     beside: Beside = None,
+    dry_run: DryRun = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -166,6 +172,10 @@ def prune(
     with console.working(quiet=quiet) as reporter:
         final = build_recipe(flags, recipe, reporter)
         earlier = [(folder.name, *read_after(folder)) for folder in beside or ()]
+    if dry_run:
+        _plan(model, final, json=json, quiet=quiet)
+        return
+    with console.working(quiet=quiet) as reporter:
         where = out if out is not None else default_out(model, final)
         if out is None:
             reporter.note(f"the result goes to {where}")
@@ -191,6 +201,14 @@ def prune(
             else:
                 reporter.warn(f"--beside {name} started from another model: it is not shown")
     console.emit(result, json=json, render=lambda: tables.pruned(result, shown))
+
+
+def _plan(model: str, recipe: Recipe, *, json: bool, quiet: bool) -> None:
+    with console.working(quiet=quiet) as reporter:
+        from secateur.verbs.prune import plan
+
+        planned = plan(model, recipe=recipe, reporter=reporter)
+    console.emit(planned, json=json, render=lambda: tables.planned(planned))
 
 
 def build_recipe(flags: Mapping[str, Any], file: Path | None, reporter: Reporter) -> Recipe:

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.plugins import Description
-from secateur.result import EvaluateResult, InspectResult, Measured, PruneResult, RecoverResult
+from secateur.result import EvaluateResult, InspectResult, Measured, PlanResult, PruneResult, RecoverResult
 
 Column = tuple[str, Measured]
 Row = tuple[str, Callable[[Measured], str | None]]
@@ -84,6 +84,14 @@ def pruned(result: PruneResult, beside: Sequence[Column] = ()) -> RenderableType
     took = f"{result.seconds:,.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory"
     parts.append(Text(f"{result.out} ({state}; {took})"))
     return Group(*parts)
+
+
+def planned(result: PlanResult) -> RenderableType:
+    """What would go."""
+    weights = f"{result.weights_before:,} -> {result.weights_after:,}"
+    changes = [f"config: {key} = {value}" for key, value in result.shape_changes.items()]
+    first = f"{result.removed:.1%} of the prunable weights would go: {weights}"
+    return Group(*(Text(line) for line in [first, *result.lines, *changes]))
 
 
 def _labelled(label: str, text: str) -> Text:

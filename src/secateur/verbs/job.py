@@ -88,6 +88,11 @@ class Job:
         return self.prunable_before, after | {k: math.prod(v) for k, v in self.new_shapes.items() if k in after}
 
     @property
+    def shape_changes(self) -> dict[str, Any]:
+        """Config entries that change with the shapes, nested ones with dots."""
+        return {".".join(path): value for path, value in self.shape.changes.items()}
+
+    @property
     def removed(self) -> float | None:
         """Share of the prunable weights that go, when whole units do."""
         before, after = (sum(side.values()) for side in self.prunable)

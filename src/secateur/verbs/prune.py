@@ -25,7 +25,7 @@ from secateur.errors import (
 from secateur.plugins import Criterion, Method
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
-from secateur.result import RESULT_FILE, PruneResult, write_json
+from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
 from secateur.verbs.calibration import Data
 from secateur.verbs.card import write_card
 from secateur.verbs.evaluate import read_files
@@ -147,7 +147,7 @@ def prune(
             verification=verification,
             matrices=written.matrices,
             blocks_kept=job.shape.depth.kept if job.shape.depth else None,
-            shape_changes={".".join(path): value for path, value in job.shape.changes.items()},
+            shape_changes=job.shape_changes,
             warnings=recorder.warnings,
             versions=versions(),
             shards=dict(written.expected.shards),
@@ -158,6 +158,31 @@ def prune(
         if in_memory is not None and in_place:
             take_over(in_memory, Path(out), [matrix.name for matrix in written.matrices])
     return pruned
+
+
+def plan(model: str | Path, *, recipe: Recipe, reporter: Reporter | None = None) -> PlanResult:
+    """What a structured pruning would remove, found and proved as `prune` does it; nothing is written.
+
+    Raises:
+        UsageError: for a recipe without a structure.
+        SecateurError: whatever `prune` would refuse.
+    """
+    if not recipe.structure:
+        raise UsageError("a plan needs a structure", hint="give --structure, for example --structure ffn")
+    recorder = Recorder(reporter)
+    with ExitStack() as stack:
+        job = prepare(open_source(model, reporter=recorder), recipe, None, None, recorder, stack)
+        before, after = (sum(side.values()) for side in job.prunable)
+        width = job.shape.width
+        return PlanResult(
+            lines=job.shape.lines,
+            removed=1 - after / before,
+            weights_before=before,
+            weights_after=after,
+            blocks_kept=job.shape.depth.kept if job.shape.depth else None,
+            units={kind: list(counts) for kind, counts in width.units.items()} if width else {},
+            shape_changes=job.shape_changes,
+        )
 
 
 def _verified(folder: Path, expected: Expected, reporter: Reporter) -> dict[str, Any]:
