@@ -124,8 +124,7 @@ def _of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Str
             raise UnsupportedModelError(
                 f"{block.name} has no {noun(kind)} that can be removed"
                 + (": its feed-forward network is made of experts" if experts and kind == "ffn" else ""),
-                hint="`secateur inspect` lists the structures that a model has; --method wanda without --structure "
-                "prunes single weights",
+                hint="choose another --structure; without one, single weights are pruned",
             )
         found += here
     counts = sorted({coupling.units for coupling in found})
