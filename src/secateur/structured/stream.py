@@ -61,21 +61,21 @@ class UnitStream(PairedStream):
         solved: list[_Solved] = []
         last = jobs[-1] if jobs and jobs[-1].coupling.additive and self.update and lanes else None
         kept_inputs: dict[Lane, Tensor] = {}
+        waiting = {job.coupling.consumer: job for job in jobs}
         for lane in lanes:
             lane.pause_at_end = last is not None
-            self._advance(lane)
-        waiting = {job.coupling.consumer: job for job in jobs}
+            self._to_consumer(lane, waiting)
         while at := {lane.event.name for lane in lanes if isinstance(lane.event, AtMatrix)}:
             name = min(at, key=lambda name: order[name, 0])
             here = [lane for lane in lanes if isinstance(lane.event, AtMatrix) and lane.event.name == name]
-            job = waiting.pop(name, None)
-            if job is not None and job is not last:
+            job = waiting.pop(name)
+            if job is not last:
                 solved.append(self._solve(job, specs[name], whole, self._seen(here, specs[name]), None))
                 self._put(specs[name], whole)
             for lane in here:
                 if job is last and isinstance(lane.event, AtMatrix):
                     kept_inputs[lane] = lane.event.input
-                self._advance(lane)
+                self._to_consumer(lane, waiting)
         if last is not None:
             solved.append(self._correct(last, specs[last.coupling.consumer], whole, lanes, kept_inputs))
         for lane in lanes:
@@ -86,6 +86,12 @@ class UnitStream(PairedStream):
         self._choices[block.index] = [(one.job.coupling, one.units) for one in solved]
         made = self._as_written(block, final)
         return [self._report(one, specs, made) for one in solved]
+
+    def _to_consumer(self, lane: Lane, waiting: Mapping[str, Job]) -> None:
+        """Let a forward go on to the next matrix that is to be solved, or out of the block."""
+        self._advance(lane)
+        while isinstance(lane.event, AtMatrix) and lane.event.name not in waiting:
+            self._advance(lane)
 
     def _as_written(self, block: Block, final: dict[str, Tensor]) -> dict[str, Tensor]:
         return cut_tensors(final, self._choices[block.index])
