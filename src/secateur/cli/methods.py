@@ -12,7 +12,7 @@ from secateur.cli.options import Debug, Json
 from secateur.errors import UnknownNameError
 from secateur.plugins import available, describe
 
-KINDS = {"methods": "method", "allocation": "allocation", "schedules": "schedule"}
+KINDS = {"methods": "method", "allocation": "allocation", "schedules": "schedule", "formats": "format"}
 """Folder of plug-ins -> what one of them is called."""
 
 
@@ -24,7 +24,7 @@ def methods(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the pruning methods, allocation rules and training schedules, one line each."""
+    """List the pruning methods, allocation rules, training schedules and export formats, one line each."""
     found = {kind: available(kind) for kind in KINDS}
     if name is None:
         if json:
