@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import transformers
@@ -52,10 +51,16 @@ def sentencepiece(*, prefix: bool = True) -> transformers.PreTrainedTokenizerFas
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     trainer = trainers.BpeTrainer(vocab_size=ROWS - 256 - 20, special_tokens=SPECIAL, show_progress=False)
     trained.train_from_iterator([_text()], trainer)
-    model = json.loads(trained.to_str())["model"]
-    pieces = [piece for piece, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]
-    vocabulary = {piece: id for id, piece in enumerate([*SPECIAL, *bytes_, *pieces[len(SPECIAL) :]])}
-    merges = [tuple(merge) for merge in model["merges"]]
+    pieces = sorted(trained.get_vocab(), key=lambda piece: trained.get_vocab()[piece])[len(SPECIAL) :]
+    pieces.append("▁▁")
+    vocabulary = {piece: id for id, piece in enumerate([*SPECIAL, *bytes_, *pieces])}
+    # SentencePiece joins any two pieces that make a third, the third with the lowest id first.
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     steps: list[Any] = [normalizers.Prepend("▁")] if prefix else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
@@ -63,7 +68,7 @@ def sentencepiece(*, prefix: bool = True) -> transformers.PreTrainedTokenizerFas
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", vocabulary["<s>"])])
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens([AddedToken("▁▁", normalized=False)])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("▁▁", "\n\n", "<tool>")])  # as in Gemma
     return _wrapped(tokenizer)
 
 

@@ -1,7 +1,7 @@
 """The model families of which llama.cpp computes the same function, and what a file must tell it about them.
 
 Every number comes from the model's config: a pruned model has fewer heads, groups or hidden units than its sizes would
-suggest. What llama.cpp has no field for is refused, and a window it does not know shortens the context length.
+suggest. What llama.cpp has no field for is refused, and a window that it does not know shortens the context length.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Family:
     norm_shift: float = 0.0
     """Added to the weights of norms: transformers multiplies by 1 + w, llama.cpp by w."""
     square: bool = False
-    """The output of attention must be as wide as the model."""
+    """All heads together must be as wide as the model."""
+    unless: str = ""
+    """The family whose architecture serves a model that is not."""
     partial_rotary: bool = False
     """Only a part of each head may be turned."""
     activation: str = "silu"
@@ -39,7 +41,7 @@ _ROPE = frozenset({"default", "linear", "yarn"})
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama", interleaved=True, rope_types=_ROPE | {"llama3"}),
     "mistral": Family("llama", interleaved=True, rope_types=_ROPE | {"llama3"}),
-    "qwen2": Family("qwen2"),
+    "qwen2": Family("qwen2", square=True, unless="llama"),  # a Llama with biases on Q, K and V
     "qwen3": Family("qwen3"),
     "gemma3_text": Family("gemma3", norm_shift=1.0, activation="gelu_pytorch_tanh", rope_types=_ROPE - {"yarn"}),
     "phi3": Family("phi3", square=True, partial_rotary=True, rope_types=frozenset({"default", "longrope"})),
@@ -73,7 +75,8 @@ def family_of(config: Any, name: str) -> Family:
             f"{name} is of family '{kind}', which has no mapping to GGUF",
             hint=f"families with one: {', '.join(FAMILIES)}",
         )
-    return FAMILIES[kind]
+    family, sizes = FAMILIES[kind], sizes_of(config)
+    return FAMILIES[family.unless] if family.unless and sizes.heads * sizes.head != sizes.hidden else family
 
 
 def sizes_of(config: Any) -> Sizes:
@@ -206,19 +209,10 @@ def _window(config: Any) -> int | None:
 
 
 def _sliding(config: Any, arch: str) -> Facts:
-    """Which blocks of a Gemma have a window: every one but the p-th, the 2p-th ...
-
-    Raises:
-        UnsupportedModelError: when the blocks follow no such rule, as after some have been removed.
-    """
+    """Which blocks have a window: all but every p-th, or one by one where the blocks follow no such rule."""
     kinds = [kind == "sliding_attention" for kind in config.layer_types[: config.num_hidden_layers]]
-    for period in range(1, len(kinds) + 2):
-        if kinds == [i % period < period - 1 for i in range(len(kinds))]:
-            return {
-                f"{arch}.attention.sliding_window": int(config.sliding_window),
-                f"{arch}.attention.sliding_window_pattern": period,
-            }
-    raise UnsupportedModelError(
-        "the blocks with and without a sliding window follow no regular pattern, and llama.cpp has no list of them",
-        hint="remove whole periods of blocks, so that each block with full attention is again the last of its period",
-    )
+    periods = (p for p in range(1, len(kinds) + 2) if kinds == [i % p < p - 1 for i in range(len(kinds))])
+    return {
+        f"{arch}.attention.sliding_window": int(config.sliding_window),
+        f"{arch}.attention.sliding_window_pattern": next(periods, kinds),
+    }

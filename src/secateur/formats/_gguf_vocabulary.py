@@ -55,10 +55,12 @@ def vocabulary_facts(tokenizer: Any, rows: int, reporter: Reporter) -> dict[str,
     if model["type"] != "BPE":
         raise _foreign(f"its model is {model['type']}, not BPE")
     tokens, kinds = _tokens(content, rows, reporter)
+    if not model["merges"]:
+        raise _foreign("it has no merges")
     merges = [tuple(one) if isinstance(one, list) else tuple(one.split(" ", 1)) for one in model["merges"]]
     normalizer = json.dumps(content.get("normalizer"), ensure_ascii=False)
     if model.get("byte_fallback"):
-        facts = _sentencepiece(tokenizer, content, tokens, kinds, merges)
+        facts = _sentencepiece(tokenizer, content, tokens, kinds, merges, reporter)
     else:
         known = recognise(content)
         if known is None:
@@ -91,7 +93,10 @@ def _tokens(content: dict[str, Any], rows: int, reporter: Reporter) -> tuple[lis
         text = added["content"]
         if added["special"]:
             found[added["id"]] = text, CONTROL
-        else:  # llama.cpp looks for these in the text as it is, before spaces are replaced
+        elif spaces and SPACE in text and not added["normalized"]:
+            # Looked for before spaces are replaced, so only merges find it; and llama.cpp writes it out with spaces.
+            found[added["id"]] = text, NORMAL
+        else:
             found[added["id"]] = text.replace(SPACE, " ") if spaces else text, USER_DEFINED
     if spaces:
         for byte in range(256):
@@ -110,8 +115,9 @@ def _tokens(content: dict[str, Any], rows: int, reporter: Reporter) -> tuple[lis
 
 
 def _sentencepiece(
-    tokenizer: Any, content: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]
-) -> dict[str, Any]:
+    tokenizer: Any, content: dict[str, Any], tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]],
+    reporter: Reporter,
+) -> dict[str, Any]:  # fmt: skip
     """Scores, and whether a text gets a space in front."""
     normalizer, cutter = (json.dumps(content.get(part), ensure_ascii=False) for part in ("normalizer", "pre_tokenizer"))
     if SPACE not in normalizer + cutter:
@@ -119,6 +125,12 @@ def _sentencepiece(
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         ranks.setdefault("".join(merge), rank)
+    foreign = _merged_otherwise(tokens, kinds, merges)
+    if foreign:
+        reporter.warn(
+            f"llama.cpp may put {len(foreign):,} tokens together where this tokenizer does not, the first is "
+            f"{foreign[0]!r}: its merges are not all that its vocabulary allows"
+        )
     scores = [
         -float(ranks[text]) if text in ranks else 0.0 if kind != NORMAL or len(text) == 1 else _UNREACHABLE
         for text, kind in zip(tokens, kinds, strict=True)
@@ -130,6 +142,20 @@ def _sentencepiece(
         "scores": scores,
         "add_space_prefix": bool(pieces) and pieces[0].startswith(SPACE),
     }
+
+
+def _merged_otherwise(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) -> list[str]:
+    """Tokens that are made of two others by no merge of the list; llama.cpp knows no list and would join them."""
+    listed = set(merges)
+    known = {text for text, kind in zip(tokens, kinds, strict=True) if kind == NORMAL}
+    return [
+        text
+        for text in known
+        if any(
+            text[:cut] in known and text[cut:] in known and (text[:cut], text[cut:]) not in listed
+            for cut in range(1, len(text))
+        )
+    ]
 
 
 def _special(tokenizer: Any, rows: int) -> dict[str, Any]:

@@ -49,11 +49,12 @@ ODD = (
 
 @dataclass
 class _Reference:
-    """What transformers says. Log-probabilities (positions, vocabulary) with the file's weights; perplexity of both."""
+    """What transformers says, at every position: of the whole vocabulary with the file's weights (positions,
+    vocabulary), and of the tokens that follow in the text with the folder's weights (positions,).
+    """
 
     table: torch.Tensor
-    folder_perplexity: float
-    file_perplexity: float
+    folder: torch.Tensor
 
 
 def prove(plan: GGUFPlan, file: Path, quantize: str, reporter: Reporter) -> dict[str, Any]:
@@ -101,18 +102,14 @@ def prove(plan: GGUFPlan, file: Path, quantize: str, reporter: Reporter) -> dict
 def _reference(plan: GGUFPlan, file: Path, rows: torch.Tensor) -> _Reference:
     """Ask transformers, first with the folder's weights, then with the file's."""
     model = load_model(plan.folder, device="cpu", dtype="float32")
-    folder = _log_probabilities(model, rows)
-    targets = rows[:, 1:].reshape(-1, 1)
-    folder_perplexity = math.exp(-float(folder.gather(1, targets).mean()))
-    del folder
+    folder = _log_probabilities(model, rows).gather(1, rows[:, 1:].reshape(-1, 1))[:, 0]
     parameters = model.state_dict()  # the tensors themselves: what is copied into them, the model computes with
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
     with torch.no_grad():
         for one in plan.tensors:
             if one.key:
                 parameters[one.key].copy_(one.restore(values_of(file, stored[one.name])))
-    table = _log_probabilities(model, rows)
-    return _Reference(table, folder_perplexity, math.exp(-float(table.gather(1, targets).mean())))
+    return _Reference(_log_probabilities(model, rows), folder)
 
 
 def _log_probabilities(model: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -178,7 +175,11 @@ def _compare_scores(
             f"{tolerance:g} is what rounding explains",
             hint="please report this with the name of the model",
         )
-    perplexity = math.exp(-sum(flat[place]["logprob"] for place in places) / len(places))
+    llama = torch.tensor([flat[place]["logprob"] for place in places])
+    same = reference.table.gather(1, targets[:, None])[places, 0]
+    perplexity, perplexity_same, perplexity_folder = (
+        math.exp(-float(one.double().mean())) for one in (llama, same, reference.folder[places])
+    )
     return {
         "positions": len(places),
         "mean_difference": mean,
@@ -186,7 +187,7 @@ def _compare_scores(
         "tolerance": tolerance,
         "same_best": same_best / len(places),
         "perplexity": perplexity,
-        "perplexity_transformers": reference.file_perplexity,
-        "perplexity_folder": reference.folder_perplexity,
-        "perplexity_ratio": perplexity / reference.folder_perplexity,
+        "perplexity_transformers": perplexity_same,
+        "perplexity_folder": perplexity_folder,
+        "perplexity_ratio": perplexity / perplexity_folder,
     }
