@@ -2,8 +2,8 @@
 
 The demo model as it is and pruned (Wanda, 50 %), exported in several number formats by `secateur export`, which
 compares llama.cpp (package xllamacpp) with transformers on 256 next tokens of the built-in text. Perplexities are those
-of these 256 tokens; "ratio" is the file's in llama.cpp by the folder's in transformers. Differences of log-probabilities
-are between the two programs computing with the file's own weights, over the next token and the ten likeliest, in nats.
+of these 256 tokens; "ratio" is the file's in llama.cpp by the folder's in transformers. Log-probabilities differ
+between the two programs computing with the file's own weights, over the next token and the ten likeliest, in nats.
 Speeds are llama.cpp's own clock (prompt of 257 tokens, 64 new ones) and, in the row of the folder, that of transformers
 in float32, with the same number of threads.
 

@@ -55,8 +55,6 @@ def vocabulary_facts(tokenizer: Any, rows: int, reporter: Reporter) -> dict[str,
     if model["type"] != "BPE":
         raise _foreign(f"its model is {model['type']}, not BPE")
     tokens, kinds = _tokens(content, rows, reporter)
-    if not model["merges"]:
-        raise _foreign("it has no merges")
     merges = [tuple(one) if isinstance(one, list) else tuple(one.split(" ", 1)) for one in model["merges"]]
     normalizer = json.dumps(content.get("normalizer"), ensure_ascii=False)
     if model.get("byte_fallback"):
@@ -70,6 +68,8 @@ def vocabulary_facts(tokenizer: Any, rows: int, reporter: Reporter) -> dict[str,
         if any(" " in part for merge in merges for part in merge):
             raise _foreign("its merges hold spaces, so it does not work on bytes")
         facts = {"model": "gpt2", "pre": known.name, "merges": [" ".join(merge) for merge in merges]}
+    if not merges:
+        raise _foreign("it has no merges")
     if '"NFC"' in normalizer:
         reporter.note("llama.cpp does not bring text into the normal form NFC; most text is in it already")
     facts |= {"tokens": tokens, "token_type": kinds, **_special(tokenizer, rows)}
