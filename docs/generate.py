@@ -167,6 +167,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "generalisation",
             "step_cost",
             "startup",
+            "export_gguf",
         )
     },
     "CONTRIBUTING.md": {"layout": layout},

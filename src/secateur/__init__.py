@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from secateur.recovery.callback import SparsityCallback
     from secateur.training import Training
     from secateur.verbs.evaluate import evaluate
+    from secateur.verbs.export import export
     from secateur.verbs.generate import generate
     from secateur.verbs.inspect import inspect
     from secateur.verbs.prune import prune
@@ -36,6 +37,7 @@ _HOMES = {
     "Training": "secateur.training",
     "Wanda": "secateur.methods.wanda",
     "evaluate": "secateur.verbs.evaluate",
+    "export": "secateur.verbs.export",
     "generate": "secateur.verbs.generate",
     "inspect": "secateur.verbs.inspect",
     "prune": "secateur.verbs.prune",
@@ -54,6 +56,7 @@ __all__ = [
     "Wanda",
     "__version__",
     "evaluate",
+    "export",
     "generate",
     "inspect",
     "prune",

@@ -215,6 +215,37 @@ def read_after(folder: Path) -> tuple[str, Measured]:
         ) from None
 
 
+@dataclass
+class ExportResult(_Plain):
+    """What `secateur export` prints."""
+
+    out: str
+    source: dict[str, Any]
+    format: str
+    options: dict[str, Any]
+    bytes_disk: int
+    bytes_folder: int
+    """Bytes of the weights of the folder that was exported."""
+    ratio: float
+    """Bytes of the folder by bytes of the result: how many times smaller it is."""
+    tensors: dict[str, int]
+    """Number format -> tensors in it."""
+    zeros: int
+    """Zeros in the matrices of the folder."""
+    zeros_lost: int
+    """How many of them are no longer zero in the result."""
+    seconds: float
+    peak_rss_bytes: int
+    verified: bool
+    verification: dict[str, Any] = field(default_factory=dict)
+    runtime: dict[str, Any] = field(default_factory=dict)
+    """What the program that reads the format made of the result; empty when it is not installed or was not asked."""
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    sha256: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write plain data whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")

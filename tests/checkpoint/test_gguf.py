@@ -14,6 +14,7 @@ import transformers
 from secateur.checkpoint.check import check_model_folder
 from secateur.checkpoint.demo import MEMBER, SHA256
 from secateur.checkpoint.gguf import MANIFEST, convert_gguf, converted_folder, read_manifest
+from secateur.checkpoint.pretokenizers import KNOWN, recognise
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import open_source
 from secateur.errors import CheckpointError, SourceError, UnsupportedModelError
@@ -65,6 +66,27 @@ def test_tokenizer_and_chat_template_come_along(tmp_path: Path) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     assert ours("abcab").input_ids == theirs("abcab").input_ids
     assert ours.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+
+
+@pytest.mark.parametrize("name", [known.name for known in KNOWN])
+def test_the_pre_tokenizer_is_the_one_the_file_names(tmp_path: Path, name: str) -> None:
+    folder = convert_gguf(write_gguf(tmp_path / "tiny.gguf", pre=name))
+    found = recognise(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    wanted = next(known for known in KNOWN if known.name == name)
+    assert found is not None
+    assert (found.steps, found.whole_words) == (wanted.steps, wanted.whole_words)
+    assert transformers.AutoTokenizer.from_pretrained(folder)("ab").input_ids
+
+
+def test_digits_are_cut_off_before_the_white_space_is_divided(tmp_path: Path) -> None:
+    cut = {
+        pre: transformers.AutoTokenizer.from_pretrained(
+            convert_gguf(write_gguf(tmp_path / f"{pre}.gguf", pre=pre))
+        ).backend_tokenizer.pre_tokenizer.pre_tokenize_str("a  12")
+        for pre in ("gpt-2", "smollm")
+    }
+    assert [piece for piece, _ in cut["gpt-2"]] == ["a", "Ġ", "Ġ12"]
+    assert [piece for piece, _ in cut["smollm"]] == ["a", "ĠĠ", "1", "2"]
 
 
 def test_files_beside_it_are_not_read(tmp_path: Path) -> None:

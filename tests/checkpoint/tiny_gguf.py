@@ -20,6 +20,7 @@ def write_gguf(
     extra: dict[str, tuple[int, ...]] | None = None,
     without: tuple[str, ...] = (),
     experts: int = 0,
+    pre: str = "",
 ) -> Path:
     """A random model of ``LAYERS`` blocks. ``extra`` adds or replaces tensors by shape; ``without`` leaves some out."""
     writer = gguf.GGUFWriter(path, architecture)
@@ -40,6 +41,8 @@ def write_gguf(
         writer.add_expert_used_count(2)
         writer.add_expert_feed_forward_length(EXPERT)
     writer.add_tokenizer_model("gpt2")
+    if pre:
+        writer.add_tokenizer_pre(pre)
     tokens = ["<unk>", "<s>", "</s>", *(chr(i) for i in range(65, 65 + VOCABULARY - 4)), "ab"]
     writer.add_token_list(tokens[:VOCABULARY])
     writer.add_token_merges(["a b"])

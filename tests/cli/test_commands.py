@@ -104,7 +104,7 @@ def test_generate_prints_the_text_as_it_is(run, verb):
 
 
 def test_methods_lists_every_plugin_with_its_line(run):
-    found = {kind: available(kind) for kind in ("methods", "criteria", "allocation", "schedules")}
+    found = {kind: available(kind) for kind in ("methods", "criteria", "allocation", "schedules", "formats")}
     assert len(found["methods"]) >= 4
     out = run("methods").out
     for lines in found.values():

@@ -19,6 +19,7 @@ STARTS = {
     "names": "import secateur; dir(secateur); secateur.Recipe; secateur.__version__",
     "help": "from secateur.cli.app import main; main(['--help'])",
     "help of prune": "from secateur.cli.app import main; main(['prune', '--help'])",
+    "help of export": "from secateur.cli.app import main; main(['export', '--help'])",
     "methods": "from secateur.cli.app import main; main(['methods'])",
     "method": "from secateur.cli.app import main; main(['methods', 'sparsegpt'])",
     "bad usage": "from secateur.cli.app import main; main(['prune', 'm', '--sparsity', '2'])",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.fences import DOCUMENTS, ROOT, Fence, fences
-from tests.models import save_tiny
+from tests.models import byte_tokenizer, save_tiny
 
 RUN = {"bash", "python"}
 STAND_IN = "models/demo"
@@ -43,6 +43,7 @@ def test_the_readme_has_commands_that_are_run():
 def workplace(tmp_path):
     """A folder with the stand-in, and commands `secateur` and `python` that are those of this test run."""
     save_tiny(tmp_path / STAND_IN, "llama")
+    byte_tokenizer().save_pretrained(tmp_path / STAND_IN)  # one that every format can hold
     commands = tmp_path / "commands"
     commands.mkdir()
     for name, arguments in (("secateur", "-m secateur "), ("python", "")):

@@ -1,7 +1,8 @@
 """Turns a .gguf file into a Hugging Face folder, one tensor in memory at a time, and keeps it in the cache.
 
 Names, permutations and dequantisation are those of transformers and gguf; only the order of work is ours: the stock
-loader holds the whole model, this does not. The weights are the same, bit for bit.
+loader holds the whole model, this does not. The weights are the same, bit for bit. The tokenizer is transformers' too,
+but for the pre-tokenizer, which is the one that the file names.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 
 from secateur.checkpoint.cache import build_once, cache_folder
+from secateur.checkpoint.pretokenizers import describe
 from secateur.checkpoint.writer import CheckpointWriter, Entry, hash_file, layout_for
 from secateur.errors import CheckpointError, DiskSpaceError, MissingExtraError, SourceError, UnsupportedModelError
 from secateur.progress import Reporter
 
-VERSION = 1  # raised when a conversion would come out differently
+VERSION = 2  # raised when a conversion would come out differently
 MANIFEST = ".source.json"  # in the converted folder: what it was made from; hidden, so results do not inherit it
 
 
@@ -84,9 +86,9 @@ def check_is_gguf(path: Path) -> None:
 
 def _convert(path: Path, digest: str, partial: Path, reporter: Reporter) -> None:
     reporter.note(f"converting {path.name} to float32 safetensors, once; kept in {cache_folder()}")
-    architecture, tensors = _open(path)
+    architecture, tensors, pre = _open(path)
     with _transformers_errors(path):
-        _save_tokenizer(path, partial)
+        _save_tokenizer(path, partial, pre)
         if _can_stream(architecture, tensors):
             _stream(path, architecture, tensors, partial, reporter)
         else:
@@ -103,8 +105,10 @@ def _convert(path: Path, digest: str, partial: Path, reporter: Reporter) -> None
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _open(path: Path) -> tuple[str, list[Any]]:
-    """The file's architecture, and its tensors: names, shapes, formats and places; their numbers stay on the disk."""
+def _open(path: Path) -> tuple[str, list[Any], str]:
+    """The file's architecture, its tensors (names, shapes, formats and places; their numbers stay on the disk), and the
+    name of its pre-tokenizer, empty when it has none.
+    """
     try:
         import gguf
     except ImportError:
@@ -112,6 +116,8 @@ def _open(path: Path) -> tuple[str, list[Any]]:
     try:
         reader = gguf.GGUFReader(path)
         architecture, tensors = str(reader.fields["general.architecture"].contents()), list(reader.tensors)
+        pre = reader.fields.get("tokenizer.ggml.pre")
+        named = str(pre.contents()) if pre is not None else ""
     except Exception as error:  # noqa: BLE001 - the reader checks nothing: any error in it means a bad file
         raise CheckpointError(
             f"{path} is truncated or corrupt: {str(error) or type(error).__name__}", hint="download or copy it again"
@@ -119,7 +125,7 @@ def _open(path: Path) -> tuple[str, list[Any]]:
     size = path.stat().st_size
     if not tensors or any(int(tensor.data_offset) + int(tensor.n_bytes) > size for tensor in tensors):
         raise CheckpointError(f"{path} is truncated or corrupt: tensors are missing", hint="download or copy it again")
-    return architecture, tensors
+    return architecture, tensors, named
 
 
 @contextlib.contextmanager
@@ -151,7 +157,7 @@ def _can_stream(architecture: str, tensors: list[Any]) -> bool:
     return not is_gguf_arch_supported(architecture)
 
 
-def _save_tokenizer(path: Path, partial: Path) -> None:
+def _save_tokenizer(path: Path, partial: Path, pre: str) -> None:
     from transformers import AutoTokenizer
 
     # Opened "in" the empty partial folder, so that nothing that lies beside the file is read.
@@ -160,6 +166,17 @@ def _save_tokenizer(path: Path, partial: Path) -> None:
     except Exception as error:  # tokenizers raises nothing more special for a bad vocabulary
         raise _unreadable(path, error) from error
     tokenizer.save_pretrained(partial)
+    _cut_as_the_file(partial / "tokenizer.json", pre)
+
+
+def _cut_as_the_file(path: Path, pre: str) -> None:
+    """Give a byte-level tokenizer the pre-tokenizer that the file names; transformers passes some of them over."""
+    described = describe(pre)
+    tokenizer = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and described else None
+    if described is None or tokenizer is None or "ByteLevel" not in json.dumps(tokenizer["pre_tokenizer"]):
+        return
+    tokenizer["pre_tokenizer"], tokenizer["model"]["ignore_merges"] = described
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def _stream(path: Path, architecture: str, tensors: list[Any], partial: Path, reporter: Reporter) -> None:

@@ -17,6 +17,7 @@ KINDS = {
     "criteria": "method for --structure",
     "allocation": "allocation",
     "schedules": "schedule",
+    "formats": "format",
 }
 """Folder of plug-ins -> what one of them is called."""
 
@@ -29,7 +30,7 @@ def methods(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the pruning methods (of weights and of units), allocation rules and training schedules, one line each."""
+    """List the pruning methods (of weights, of units), allocation rules, training schedules and export formats."""
     found = {kind: available(kind) for kind in KINDS}
     if name is None:
         if json:

@@ -11,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.plugins import Description
-from secateur.result import EvaluateResult, InspectResult, Measured, PlanResult, PruneResult, RecoverResult
+from secateur.result import (
+    EvaluateResult,
+    ExportResult,
+    InspectResult,
+    Measured,
+    PlanResult,
+    PruneResult,
+    RecoverResult,
+)
 
 Column = tuple[str, Measured]
 Row = tuple[str, Callable[[Measured], str | None]]
@@ -225,6 +233,31 @@ def recovered(result: RecoverResult) -> RenderableType:
         comparison(columns), Text(), facts, Text(), *(Text(sentence) for sentence in result.verdict),
         Text(end, style="bold"),
     )  # fmt: skip
+
+
+def exported(result: ExportResult) -> RenderableType:
+    """What was written, how large it is, and what the program that reads it made of it."""
+    ran = result.runtime
+    kept = f"{result.zeros - result.zeros_lost:,} of {result.zeros:,}" if result.zeros else None
+    facts = _facts(
+        [
+            ("tensors", ", ".join(f"{count} {kind}" for kind, count in result.tensors.items())),
+            ("bytes of the folder", megabytes(result.bytes_folder)),
+            ("bytes of the file", f"{megabytes(result.bytes_disk)}, {result.ratio:.2f} times smaller"),
+            ("zeros kept", kept),
+            ("run by", ran.get("package")),
+            ("positions compared", f"{ran['positions']:,}" if ran else None),
+            ("mean difference of log-probabilities", number(ran.get("mean_difference"), 4)),
+            ("same likeliest token", percent(ran.get("same_best"), 1)),
+            ("perplexity, folder", number(ran.get("perplexity_folder"))),
+            ("perplexity, file", number(ran.get("perplexity"))),
+            ("prefill, tokens/s", number(ran.get("prefill_tokens_per_second"), 1)),
+            ("decoding, tokens/s", number(ran.get("decode_tokens_per_second"), 1)),
+        ]
+    )
+    state = "not verified" if not result.verified else "verified" if ran else "verified, but not run"
+    took = f"{result.seconds:,.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory"
+    return Group(facts, Text(), Text(f"{result.out} ({state}; {took})"))
 
 
 def plugins(found: Mapping[str, Mapping[str, str]]) -> RenderableType:
