@@ -8,7 +8,7 @@ OUT ?= demo-pruned
 ARGS ?=
 
 # Together some hours on two cores.
-BENCHMARKS ?= startup speed memory quality compute evaluation recovery step_cost generalisation
+BENCHMARKS ?= startup speed memory quality two_pass structured compute evaluation recovery step_cost generalisation
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -163,6 +163,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "memory",
             "evaluation",
             "two_pass",
+            "structured",
             "recovery",
             "generalisation",
             "step_cost",

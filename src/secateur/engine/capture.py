@@ -40,14 +40,6 @@ class AtMatrix:
     input: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class LeftBlock:
-    """A forward is about to leave a block with ``output``: the tensor itself, so it goes on with what is done to it."""
-
-    index: int
-    output: torch.Tensor
-
-
 @dataclass(frozen=True)
 class Finished:
     """A forward has nothing more to show; ``output`` is the model's, unless it was cut off after the last block."""
@@ -55,7 +47,7 @@ class Finished:
     output: Any = None
 
 
-Event = AtBlock | AtMatrix | LeftBlock | Finished
+Event = AtBlock | AtMatrix | Finished
 
 
 class Lane(greenlet):
@@ -74,8 +66,6 @@ class Lane(greenlet):
         """Arguments of the block at whose entry the forward stands."""
         self.skip: frozenset[int] = frozenset()
         """Blocks that hand on what they get."""
-        self.pause_at_end = False
-        """Whether to pause when a block is left."""
         self.keep_output = False
         self.output: Any = None
         """What the latest block gave, when ``keep_output`` is set."""
@@ -220,8 +210,6 @@ class Capture:
             if lane.keep_output:
                 with torch._C.DisableTorchFunction():  # a copy that the lane's watcher does not know and never empties
                     lane.output = output_tensor(output).clone()
-            if lane.pause_at_end:
-                _pause(LeftBlock(block.index, output_tensor(output)))
             if (lane.observed or lane.keep_output) and lane.saw_all_blocks:
                 _pause(Finished())  # never resumed: what follows is the head, which nobody asked for
 

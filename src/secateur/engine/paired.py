@@ -29,7 +29,7 @@ class DenseOutput:
 class PairedStream(BlockStream):
     """A stream that knows, while it works on a block, what the dense model has there: ``targets``, one for each batch.
 
-    ``teacher`` reads the dense weights; it has the names and shapes of the model. Without one there are no targets.
+    ``teacher`` reads the dense weights; it has the names and shapes of the model.
     """
 
     teacher: TensorReader | None = None
@@ -41,7 +41,7 @@ class PairedStream(BlockStream):
 
     def run(self, batches: Sequence[Inputs], probe: Inputs | None = None) -> StreamResult:
         """As `BlockStream.run`, with a dense forward for every batch."""
-        self._dense = [self._lane(batch, observed=False) for batch in batches] if self.teacher is not None else []
+        self._dense = [self._lane(batch, observed=False) for batch in batches]
         try:
             return super().run(batches, probe)
         finally:
@@ -49,7 +49,7 @@ class PairedStream(BlockStream):
                 lane.stop()
 
     def _block(self, block: Block, lanes: list[Lane], prober: Lane | None) -> list[PrunedMatrix]:
-        self.targets = self._dense_outputs(block) if self._dense else []
+        self.targets = self._dense_outputs(block)
         try:
             return super()._block(block, lanes, prober)
         finally:

@@ -14,14 +14,13 @@ A block is run on random weights for this, so the result does not hang on a weig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from secateur.engine.blocks import Block, MatrixSpec
-from secateur.engine.inputs import output_tensor
 
 Kind = Literal["ffn", "kv-groups", "heads"]
 
@@ -79,8 +78,6 @@ class Coupling:
     """As many units go from each of this many equal, consecutive parts: query heads, from each group."""
     heads: Heads | None = None
     """How the attention is built; None for neurons."""
-    additive: bool = False
-    """Whether what the consumer gives is added to the output of the block as it is."""
 
     @property
     def units(self) -> int:
@@ -116,11 +113,10 @@ def find_couplings(
         config: that of the block's part of the model.
     """
     observer = _Observer(block, module, run)
-    found = []
+    found: list[Coupling] = []
     for consumer in observer.reached:
         neurons = _neurons(observer, consumer, tensors)
-        here = [neurons] if neurons is not None else _attention(observer, consumer, tensors, config)
-        found += [replace(coupling, additive=observer.additive(consumer)) for coupling in here]
+        found += [neurons] if neurons is not None else _attention(observer, consumer, tensors, config)
     return found
 
 
@@ -130,7 +126,6 @@ class _Observer:
     def __init__(self, block: Block, module: nn.Module, run: Callable[[], Any]) -> None:
         self._module, self._run, self._prefix = module, run, f"{block.name}."
         self.plain = {matrix.name: matrix for matrix in block.matrices if not matrix.experts}
-        self._given: Tensor | None = None
         self._inputs = self._watch(None, None)
         self.reached = [matrix for name, matrix in self.plain.items() if name in self._inputs]
 
@@ -148,28 +143,6 @@ class _Observer:
             return None
         different = (before - after).abs() > 1e-6 * before.abs().amax().clamp_min(1e-30)
         return different.any(dim=1), different.any(dim=0)
-
-    def additive(self, matrix: MatrixSpec) -> bool:
-        """Whether a disturbance of a matrix's output arrives at the block's output unchanged."""
-        before, after = output_tensor(self._run()).float(), output_tensor(self._disturbed(matrix)).float()
-        given = self._given
-        assert given is not None
-        if given.numel() != before.numel():
-            return False
-        off = (after - before - given.reshape(before.shape)).abs().amax()
-        return bool(off <= 1e-5 * max(float(before.abs().amax()), float(given.abs().amax())))
-
-    def _disturbed(self, matrix: MatrixSpec) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0)).to(output.device)
-            self._given = noise.to(output.dtype) * output.abs().mean()
-            return output + self._given
-
-        handle = self._module_of(matrix).register_forward_hook(hook)
-        try:
-            return self._run()
-        finally:
-            handle.remove()
 
     def _module_of(self, matrix: MatrixSpec) -> nn.Module:
         return self._module.get_submodule(matrix.module.removeprefix(self._prefix))

@@ -237,11 +237,10 @@ def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Re
         )  # fmt: skip
     width = job.shape.width
     jobs = width.jobs if width is not None else {}
-    corrected = job.recipe.update and any(one.coupling.additive for own in jobs.values() for one in own)
     return UnitStream(
         job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store, job.device,
-        job.compute, job.recipe.seed, reporter, teacher=job.reader if corrected else None, jobs=jobs,
-        criterion=job.method, update=job.recipe.update,
+        job.compute, job.recipe.seed, reporter, jobs=jobs, criterion=job.method,
+        update=job.recipe.update,
     )  # fmt: skip
 
 

@@ -1,0 +1,66 @@
+"""Whole units removed from the demo model, without training.
+
+By the reference protocol: calibration is the first 32 windows of 1,024 tokens of the WikiText-2 validation text,
+perplexity is measured on the first 40 windows of 1,024 tokens of the test text. "ffn" removes 384 of 1,536 neurons in
+every block (18.75 % of the prunable weights), "kv-groups" one of three groups, "depth" six of thirty blocks. "plain" is
+the smallest weights without a refit, or for blocks the least influence. Seconds and peak memory are of the whole
+process, on one thread, with other work on the second core.
+
+    SECATEUR_DATA=folder python benchmarks/structured.py [--only "ffn obs,ffn plain"]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import _common
+import _reference
+
+RUNS: dict[str, list[str]] = {
+    "ffn obs": ["--structure", "ffn", "--sparsity", "0.1875"],
+    "ffn flap": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "flap"],
+    "ffn wanda": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "wanda"],
+    "ffn plain": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "magnitude", "--no-update"],
+    "kv-groups obs": ["--structure", "kv-groups", "--sparsity", "0.0833"],
+    "kv-groups plain": ["--structure", "kv-groups", "--sparsity", "0.0833", "--method", "magnitude", "--no-update"],
+    "depth greedy": ["--structure", "depth", "--sparsity", "0.2", "--depth-by", "greedy"],
+    "depth plain": ["--structure", "depth", "--sparsity", "0.2", "--depth-by", "influence"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default=",".join(RUNS), help="the other rows stay as they are")
+    chosen = parser.parse_args().only.split(",")
+    data = _common.data_folder()
+    path = _common.RESULTS / "structured.json"
+    rows: dict[str, dict[str, Any]] = {}
+    if path.is_file():
+        rows = {row["run"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "out"
+        for name in (name for name in RUNS if name in chosen):
+            arguments = ["--calibration", str(data / "wikitext2-valid.txt"), "--samples", str(_reference.SAMPLES)]
+            arguments += ["--sequence-length", str(_reference.LENGTH), "--no-verify", "--no-evaluate"]
+            done = _common.secateur("prune", "demo", "-o", str(out), *RUNS[name], *arguments, "--overwrite", "--json")
+            made = json.loads(done.stdout)
+            found = _reference.quality(str(out), data, questions=False)
+            rows[name] = {
+                "run": name,
+                **found,
+                "removed": f"{made['sparsity']:.2%}",
+                "parameters removed": made["before"]["parameters"] - made["after"]["parameters"],
+                "seconds": done.seconds,
+                "peak MB": done.peak_rss_bytes / 1e6,
+            }
+            print(json.dumps(rows[name]), flush=True)
+    ordered = [rows[name] for name in RUNS if name in rows]
+    _common.store("structured", " ".join(__doc__.split("\n\n")[1].split()), ordered)
+
+
+if __name__ == "__main__":
+    main()
