@@ -20,7 +20,7 @@ from secateur.errors import RunError, SecateurError, UsageError
 
 _POLL = 0.05
 _PATIENCE = 10.0
-"""Seconds that a failing process waits to hear whether the others have failed as well."""
+"""Seconds that a failing process waits for word of the others."""
 _runs = itertools.count()
 """Runs of this Python process: the store outlives them, so each has keys of its own."""
 
@@ -117,11 +117,7 @@ class Processes:
         self._store.set(f"value/{number}/{self.rank}", json.dumps(value))
         keys = [f"value/{number}/{rank}" for rank in range(self.count)]
         self._wait(keys)
-        values = [json.loads(self._store.get(key)) for key in keys]
-        self._store.add(f"read/{number}", 1)
-        while self.first and self._store.add(f"read/{number}", 0) < self.count:
-            self._look_around()  # the first may be the host of the store: it must not end while others read
-        return values
+        return [json.loads(self._store.get(key)) for key in keys]
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -136,28 +132,41 @@ class Processes:
         try:
             yield
         except FailedElsewhere as heard:
-            raise self._ended(heard.told, heard) from None
+            if self.first:
+                self._store.set("failed/0", json.dumps(heard.told))
+            raise self._ended(heard.told) from None
         except BaseException as error:
-            self._store.set(f"failed/{self.rank}", json.dumps(_described(error, self.rank)))
-            self._store.add("failed", 1)
+            with contextlib.suppress(RuntimeError):  # the host of the store may be gone
+                self._store.set(f"failed/{self.rank}", json.dumps(_described(error, self.rank)))
+                self._store.add("failed", 1)
             elsewhere = self._failed_elsewhere(error)
-            if elsewhere is None:
-                if isinstance(error, SecateurError) and not self.first:
-                    raise _rebuilt(_described(error, self.rank)) from error
-                raise
-            raise self._ended(elsewhere, error) from error
+            if elsewhere is not None:
+                raise self._ended(elsewhere) from error
+            self._part()
+            if isinstance(error, SecateurError) and not self.first:
+                raise _rebuilt(_described(error, self.rank)) from error
+            raise
+        self._part()
 
-    def _ended(self, told: dict[str, Any], own: BaseException) -> SecateurError:
+    def _ended(self, told: dict[str, Any]) -> SecateurError:
         """The error of another process, as this one raises it; only the first tells it."""
-        if self.first:
-            if isinstance(own, FailedElsewhere):
-                self._store.set("failed/0", json.dumps(told))
-            return _rebuilt(told)
         error = _rebuilt(told)
-        if told["rank"] == 0 or self._wait_for("failed/0", _PATIENCE):
+        if not self.first and (told["rank"] == 0 or self._wait_for("failed/0")):
             error.told = True
-            self._wait_for("left", _PATIENCE)
+        self._part()
+        if error.told:
+            self._wait_for("left")
         return error
+
+    def _part(self) -> None:
+        """The last word. Where the first holds the store, it goes only when the others have read what is in it."""
+        if not self.first:
+            with contextlib.suppress(RuntimeError):
+                self._store.add("read", 1)
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            until = time.monotonic() + _PATIENCE
+            while self._store.add("read", 0) < self.count - 1 and time.monotonic() < until:
+                time.sleep(_POLL)
 
     def _failed_elsewhere(self, error: BaseException) -> dict[str, Any] | None:
         """The failure that this one is a part or consequence of: that of the first, or one that broke a connection."""
@@ -177,25 +186,29 @@ class Processes:
         return None
 
     def _wait(self, keys: list[str]) -> None:
-        while not self._store.check(keys):
-            self._look_around()
+        """Wait for keys as long as it takes.
 
-    def _look_around(self) -> None:
-        """Sleep a moment, and raise when another process has failed."""
-        if self._store.check(["failed"]):
-            for rank in range(self.count):
-                if rank != self.rank and self._store.check([f"failed/{rank}"]):
-                    raise FailedElsewhere(json.loads(self._store.get(f"failed/{rank}")))
-        time.sleep(_POLL)
+        Raises:
+            FailedElsewhere: when another process has failed, or the first cannot be reached any more.
+        """
+        try:
+            while not self._store.check(keys):
+                if self._store.check(["failed"]):
+                    for rank in range(self.count):
+                        if rank != self.rank and self._store.check([f"failed/{rank}"]):
+                            raise FailedElsewhere(json.loads(self._store.get(f"failed/{rank}")))
+                time.sleep(_POLL)
+        except RuntimeError:
+            raise FailedElsewhere(_described(RunError("the first process has ended"), self.rank)) from None
 
     def _has(self, key: str) -> bool:
         try:
             return bool(self._store.check([key]))
         except RuntimeError:
-            return False  # the host of the store has ended
+            return key == "left"  # the host of the store has ended
 
-    def _wait_for(self, key: str, seconds: float) -> bool:
-        until = time.monotonic() + seconds
+    def _wait_for(self, key: str) -> bool:
+        until = time.monotonic() + _PATIENCE
         while not self._has(key):
             if time.monotonic() > until:
                 return False

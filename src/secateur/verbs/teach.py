@@ -84,7 +84,7 @@ def teach(
         )  # fmt: skip
         if parts and not trainer.is_fsdp_enabled:
             raise UsageError(
-                f"accelerate does not divide a model on {arguments.device}: FSDP needs accelerators",
+                f"accelerate does not divide a model on {arguments.device.type}: FSDP needs accelerators",
                 hint="leave fsdp out: each process then holds the whole model",
             )
         trainer.remove_callback(transformers.PrinterCallback)
