@@ -96,6 +96,7 @@ def teach(
         if "logging_steps" not in given:
             arguments.logging_steps = max(1, steps // 20)
         resumed = last_checkpoint(Path(arguments.output_dir))
+        processes.gather(None)  # from here on they wait for each other's gradients, where nobody hears of an error
         try:
             with quiet_loading():
                 trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
