@@ -14,6 +14,8 @@ class SecateurError(Exception):
     """Root of every error meant for the user. ``exit_code`` is the status of the command line."""
 
     exit_code = 2
+    told = False
+    """Whether another process of the same run has said it already."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)

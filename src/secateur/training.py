@@ -27,13 +27,13 @@ class Training:
     teacher: str | None = None
     """The dense model to learn from; the source that secateur.json names is taken when this is left out."""
     tokens: int | None = None
-    """Budget in training tokens (once through the data)."""
+    """Budget in training tokens, of all processes together (once through the data)."""
     minutes: float | None = None
     """Budget in minutes of training, turned into steps by a measurement before it starts."""
     learning_rate: float | None = None
     """Peak learning rate (full 4e-4, lora 1e-3, norms-and-biases 1e-3, blocks 2e-4)."""
     batch_size: int | None = None
-    """Sequences in an optimiser step (1; 2 for blocks; 16 for labelled texts)."""
+    """Sequences of an optimiser step in each process (1; 2 for blocks; 16 for labelled texts)."""
     sequence_length: int | None = None
     """Tokens in a training window (1024, never more than the model's)."""
     rank: int = 16

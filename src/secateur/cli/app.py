@@ -69,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except SecateurError as error:
         _trace(debug)
-        console.fail(error.message, error.hint)
+        if not error.told:
+            console.fail(error.message, error.hint)
         return error.exit_code
     except USAGE_ERROR as error:
         _trace(debug)

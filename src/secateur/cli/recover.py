@@ -13,6 +13,8 @@ from secateur.cli import console, tables
 from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Model, Quiet, name_of, parse_pairs
 from secateur.cli.prune import Measure, MeasureFiles, Overwrite, Resume, Verify
 from secateur.plugins import option_help
+from secateur.processes import is_first, leave_group
+from secateur.progress import Reporter
 from secateur.training import Training
 
 _HELP = option_help(Training)
@@ -90,15 +92,18 @@ def recover(
     with console.working(quiet=quiet) as reporter:
         settings = Training(**{name: value for name, value in flags.items() if value is not None})
         where = out if out is not None else default_out(model)
-        if out is None:
+        if out is None and is_first():
             reporter.note(f"the result goes to {where}")
         from secateur.verbs.recover import recover as run
 
         result = run(
             model, where, settings=settings, dense=dense, resume=resume, overwrite=overwrite, verify=verify,
-            evaluate=evaluate, measure_data=measure_data, files=files or (), reporter=reporter,
+            evaluate=evaluate, measure_data=measure_data, files=files or (),
+            reporter=reporter if is_first() else Reporter(),
         )  # fmt: skip
-    console.emit(result, json=json, render=lambda: tables.recovered(result))
+    if is_first():
+        console.emit(result, json=json, render=lambda: tables.recovered(result))
+    leave_group()
 
 
 def parse_trainer(texts: Sequence[str]) -> dict[str, str]:

@@ -18,6 +18,8 @@ from transformers import TrainerCallback
 
 from secateur.engine.blocks import MatrixSpec, find_structure
 from secateur.errors import CheckpointError, TargetError, UsageError, VerificationError
+from secateur.recovery.parts import cut_like, in_parts, whole
+from secateur.recovery.placement import check_placement
 from secateur.recovery.zeros import HeldZeros
 from secateur.schedules import Matrix, Pruner, Schedule, Training, make_schedule
 from secateur.targets import select
@@ -79,13 +81,13 @@ class SparsityCallback(TrainerCallback):
 
         Raises:
             TargetError: when a target or ignore pattern matches nothing.
-            UsageError: when the schedule cannot be followed, or the parameters are sharded.
+            UsageError: when the schedule cannot be followed, or not where the parameters are.
             CheckpointError: when training resumes and the state of the schedule is missing or does not fit.
         """
         self._release()  # a training that ended by an exception has left its hooks
         model = unwrapped(model)
         matrices = targeted(model, self.targets, self.ignore)
-        refuse_sharded(args, matrices)
+        check_placement(args, model, matrices, self.schedule)
         saved: dict[str, torch.Tensor] = {}
         history: list[tuple[int, float]] = []
         if state.global_step > 0:
@@ -111,11 +113,10 @@ class SparsityCallback(TrainerCallback):
         self._hold(model, state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Let the schedule see the gradients; then those of pruned weights are cleared."""
+        """Let the schedule see the gradients; then those of pruned weights are cleared that are not yet."""
         if self._pruner is not None:
             self._pruner.before_step(state.global_step + 1)
-            if self._pruner.dense_gradients:
-                self._held.clear_gradients(unwrapped(model))
+            self._held.clear_gradients(unwrapped(model), only_parts=not self._pruner.dense_gradients)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Clear what weight decay and old moments have moved; then the schedule may prune more."""
@@ -135,12 +136,18 @@ class SparsityCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the state of the schedule into the checkpoint that was just written."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._pruner is None or not state.is_world_process_zero:
+        if self._pruner is None:
+            return
+        # Parts are gathered, and all processes take part in that.
+        tensors = {
+            key: whole(tensor).cpu() if in_parts(tensor) else tensor for key, tensor in self._pruner.state().items()
+        }
+        if not state.is_world_process_zero:
             return
         if not folder.is_dir():
             logger.warning("%s is not there: the sparsity state is not saved, training cannot resume", folder)
             return
-        write_state(folder, self._pruner.state(), self._described(), self.history)
+        write_state(folder, tensors, self._described(), self.history)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Check that every pruned weight is zero.
@@ -163,7 +170,7 @@ class SparsityCallback(TrainerCallback):
             if sparsity < self.sparsity:
                 logger.warning("the best checkpoint %s has a sparsity of %g, not %g", best, sparsity, self.sparsity)
             self._held, self.sparsity, self.history = held, sparsity, history
-        self._held.check(dict(model.named_parameters()))
+        self._held.check({name: model.get_parameter(name) for name in self._held.pruned})
 
     def _hold(self, model: nn.Module, step: int) -> None:
         """Take over the pruner's masks: zero the weights, watch the gradients, note the sparsity."""
@@ -202,7 +209,7 @@ def _check_loaded(model: nn.Module, pruned: Mapping[str, torch.Tensor]) -> None:
         CheckpointError: when pruned weights are not zero.
     """
     try:
-        HeldZeros(pruned).check(dict(model.named_parameters()))
+        HeldZeros(pruned).check({name: model.get_parameter(name) for name in pruned})
     except VerificationError as error:
         raise CheckpointError(
             f"the weights in memory are not those of the checkpoint: {error.message}",
@@ -246,20 +253,6 @@ def _matrix(model: nn.Module, spec: MatrixSpec) -> Matrix:
     return Matrix(spec.name, model.get_parameter(spec.name), spec.slices)
 
 
-def refuse_sharded(args: Any, matrices: Sequence[Matrix]) -> None:
-    """Refuse trainings that keep the weights in shards or in copies of their own.
-
-    Raises:
-        UsageError: for FSDP, DeepSpeed, and parameters without elements.
-    """
-    empty = any(matrix.parameter.numel() == 0 for matrix in matrices)
-    if empty or getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-        raise UsageError(
-            "SparsityCallback needs whole parameters, and this training shards them (FSDP or DeepSpeed)",
-            hint="train on one device or with data parallelism",
-        )
-
-
 def write_state(
     folder: Path, tensors: Mapping[str, torch.Tensor], schedule: str, history: Sequence[tuple[int, float]]
 ) -> None:
@@ -299,7 +292,7 @@ def read_state(folder: Path, schedule: str) -> tuple[dict[str, torch.Tensor], li
 
 
 def _pruned_of(saved: Mapping[str, torch.Tensor], matrices: Sequence[Matrix]) -> dict[str, torch.Tensor]:
-    """The masks of a saved state, on the devices of the parameters.
+    """The masks of a saved state, on the devices of the parameters, and in parts where these are.
 
     Raises:
         CheckpointError: when one is of no matrix of the model, or of another shape, or there are none.
@@ -312,4 +305,4 @@ def _pruned_of(saved: Mapping[str, torch.Tensor], matrices: Sequence[Matrix]) ->
             f"the sparsity state of the checkpoint does not fit the model: {strange[0] if strange else 'no masks'}",
             hint="resume with the model that the training was started with",
         )
-    return {name: mask.to(parameters[name].device) for name, mask in masks.items()}
+    return {name: cut_like(mask, parameters[name]) for name, mask in masks.items()}

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import io
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from accelerate.utils import save_fsdp_optimizer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
+from transformers.trainer import SCHEDULER_NAME
 
-from secateur.errors import CheckpointError, RunError, UnknownNameError, UsageError
+from secateur.errors import CheckpointError, RunError
 from secateur.progress import Reporter
+from secateur.recovery.parts import fill, gather, trained_parameters, whole
 from secateur.recovery.zeros import HeldZeros
 
-DECIDED = frozenset({
-    "output_dir", "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit",
-    "load_best_model_at_end", "eval_strategy", "do_eval", "do_predict", "remove_unused_columns",
-    "label_smoothing_factor", "resume_from_checkpoint", "push_to_hub", "fsdp", "fsdp_config", "deepspeed",
-    "parallelism_config", "auto_find_batch_size", "use_cpu", "seed",
-})  # fmt: skip
-"""Arguments of the stock Trainer that would contradict what recover does itself."""
 TRAINED = "trained.safetensors"
 """The trained parameters in a checkpoint folder."""
 COMPLETE = "complete"
@@ -40,20 +32,34 @@ Objective = Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 
 
 class RecoveryTrainer(transformers.Trainer):
-    """A stock Trainer that minimises ``objective`` and stops at the first loss that is not finite."""
+    """A stock Trainer that minimises ``objective``, holds zeros, and stops at the first loss that is not finite.
 
-    def __init__(self, *args: Any, objective: Objective, **kwargs: Any) -> None:
+    Args:
+        held: zeros under the names of ``owner``; None when nothing needs to be held.
+        owner: the model whose names they are; adapters are wrapped around it.
+    """
+
+    def __init__(
+        self, *args: Any, objective: Objective, held: HeldZeros | None = None, owner: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(*args, **kwargs)
         self._objective = objective
         # The objective is a mean over the batch: the Trainer divides it by the number of accumulated batches.
         self.model_accepts_loss_kwargs = False
+        self._loss_failed = False
+        self._hold = HoldZeros(held, owner) if held is not None and owner is not None else None
+        if self._hold is not None:
+            self.add_callback(self._hold)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss = self._objective(model, inputs)
         if not torch.isfinite(loss):
-            raise _not_finite("loss", self.state.global_step, Path(self.args.output_dir))
+            if self.args.world_size == 1:
+                raise _not_finite("loss", self.state.global_step, Path(self.args.output_dir))
+            self._loss_failed = True  # all processes stop at the end of the step: none may wait for one that has left
         return (loss, {}) if return_outputs else loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -63,40 +69,65 @@ class RecoveryTrainer(transformers.Trainer):
             raise RunError(
                 f"a checkpoint could not be written: {error}", hint="free some space and go on with --resume"
             ) from error
+        self.accelerator.wait_for_everyone()  # it is whole when every process has written its files
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Write what is trained, under the model's own names.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what is trained, under the model's own names; parts are gathered, one parameter at a time.
 
         The stock way goes through ``save_pretrained`` and reads back without asking whether everything matched: models
         whose files are laid out otherwise (fused experts) and heads beside adapters would be lost on resuming.
         """
         folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = _trained(self.model)
-        for parameter in trained.values():
-            if not torch.isfinite(parameter).all():
-                raise _not_finite("weights", self.state.global_step - 1, Path(str(self.args.output_dir)))
-        save_file({name: parameter.detach().contiguous() for name, parameter in trained.items()}, folder / TRAINED)
+        saved = gather(trained_parameters(self.model), keep=self.args.should_save)
+        finite = all(bool(torch.isfinite(tensor).all()) for tensor in saved.values())
+        if not self._agreed(finite):
+            raise _not_finite("weights", self.state.global_step - 1, Path(str(self.args.output_dir)))
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(saved, folder / TRAINED)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The stock way would write the weights once more, in a form of its own.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / TRAINED)
-        trained = _trained(model or self.model)
-        if saved.keys() != trained.keys():
-            raise CheckpointError(f"{resume_from_checkpoint} does not hold the weights of this run")
-        with torch.no_grad():
+        trained = trained_parameters(model or self.model)
+        with safe_open(Path(resume_from_checkpoint) / TRAINED, framework="pt") as saved:
+            if set(saved.keys()) != trained.keys():
+                raise CheckpointError(f"{resume_from_checkpoint} does not hold the weights of this run")
             for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+                fill(parameter, saved.get_tensor(name))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        norm = super()._clip_grad_norm(model)
+        if self._hold is not None:
+            self._hold.clear_gradients()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last thing before the optimiser's step, in every process: none makes it when a number is not finite."""
+        if grad_norm is None and self._hold is not None:
+            self._hold.clear_gradients()
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self._agreed(not self._loss_failed):
+            raise _not_finite("loss", self.state.global_step, Path(self.args.output_dir))
         # Half precision with a scaler overflows on purpose now and then and skips the step.
-        if norm is not None and not self.args.fp16 and not torch.isfinite(torch.as_tensor(norm)):
+        if norm is not None and not self.args.fp16 and not torch.isfinite(whole(torch.as_tensor(norm))):
             raise _not_finite("gradient", self.state.global_step, Path(self.args.output_dir))
         return norm
 
-
-def _trained(model: Any) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    def _agreed(self, good: bool) -> bool:
+        """Whether it is so in every process."""
+        if self.args.world_size == 1:
+            return good
+        all_good = torch.tensor(int(good), device=self.args.device)
+        torch.distributed.all_reduce(all_good, torch.distributed.ReduceOp.MIN)
+        return bool(all_good)
 
 
 def _not_finite(what: str, step: int, folder: Path) -> RunError:
@@ -113,12 +144,16 @@ class HoldZeros(transformers.TrainerCallback):
     """Clears gradients after each backward and weights after each step."""
 
     def __init__(self, held: HeldZeros, model: nn.Module) -> None:
-        self._held, self._model = held, model
+        self._held, self._model = HeldZeros(held.pruned), model  # its own, since the masks of parts are cut
         self._handles: list[Any] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._held.clear_weights(self._model)
         self._handles = self._held.watch_gradients(self._model)
+
+    def clear_gradients(self) -> None:
+        """Those that could not be watched; the Trainer calls it before it clips."""
+        self._held.clear_gradients(self._model, only_parts=True)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._held.clear_weights(self._model)
@@ -141,11 +176,21 @@ class Checkpoints(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         # Where losses are logged: a resumed run averages them over the same steps.
         logged = state.global_step % max(1, int(state.logging_steps)) == 0
-        if logged and time.monotonic() - self._last >= self._seconds and state.global_step < state.max_steps:
-            control.should_save = True
+        if logged and state.global_step < state.max_steps:
+            control.should_save |= self._due(args)
         return control
 
+    def _due(self, args: Any) -> bool:
+        """Whether it is time, by the clock of the first process: all must save at the same step."""
+        due = torch.tensor(int(time.monotonic() - self._last >= self._seconds), device=args.device)
+        if args.world_size > 1:
+            torch.distributed.broadcast(due, 0)
+        return bool(due)
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._last = time.monotonic()
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         for path in folder.rglob("*"):
             if path.is_file():
@@ -155,7 +200,6 @@ class Checkpoints(transformers.TrainerCallback):
         for other in Path(args.output_dir).glob("checkpoint-*"):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
-        self._last = time.monotonic()
 
 
 class Tell(transformers.TrainerCallback):
@@ -181,77 +225,6 @@ class Tell(transformers.TrainerCallback):
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.seconds = time.monotonic() - self._started
-
-
-def training_arguments(
-    folder: Path, given: Mapping[str, Any], *, seed: int, device: torch.device, steps: int, rate: float, batch: int,
-    single_texts: bool, checkpointing: bool,
-) -> transformers.TrainingArguments:  # fmt: skip
-    """Our defaults with what the user gave laid over them, values turned into the types of the fields.
-
-    Windows of running text are long: they go through the model one by one and their gradients are added up.
-
-    Raises:
-        UnknownNameError: for a name that TrainingArguments does not have.
-        UsageError: for a value that it refuses, or a step of another number of sequences than ``batch``.
-    """
-    defaults: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": batch if single_texts else 1,
-        "gradient_accumulation_steps": 1 if single_texts else batch,
-        "learning_rate": rate,
-        "lr_scheduler_type": "cosine",
-        "weight_decay": 0.0,
-        "adam_beta2": 0.95,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": device.type == "cuda",
-        "seed": seed,
-        "use_cpu": device.type == "cpu",
-        "activation_checkpointing": checkpointing,
-    }
-    if checkpointing:
-        defaults["activation_checkpointing_kwargs"] = {"use_reentrant": False}
-    known = {entry.name for entry in dataclasses.fields(transformers.TrainingArguments) if entry.init}
-    words: list[str] = []
-    for key, value in given.items():
-        name = key.replace("-", "_")
-        if name not in known:
-            raise UnknownNameError("training argument", key, known)
-        if name in DECIDED:
-            raise UsageError(f"--trainer {key} is decided by secateur", hint="use the flags of recover")
-        defaults.pop(name, None)
-        words += [f"--{name}", json.dumps(value) if isinstance(value, dict | list | bool) else str(value)]
-    for name, value in defaults.items():
-        if isinstance(value, dict | bool):
-            value = json.dumps(value)
-        words += [f"--{name}", str(value)]
-    parser = transformers.HfArgumentParser(transformers.TrainingArguments)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()) as told:
-            (arguments,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    except (SystemExit, ValueError, TypeError, ImportError) as error:
-        reason = (told.getvalue().strip().splitlines() or [str(error)])[-1]
-        raise UsageError(f"--trainer: {reason}", hint="see transformers.TrainingArguments") from None
-    each, times = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
-    if each * times != batch:
-        raise UsageError(
-            f"--trainer: per_device_train_batch_size {each} x gradient_accumulation_steps {times} is not the batch "
-            f"size of {batch}",
-            hint="give both so that their product is --batch-size",
-        )
-    if device.type != "cpu":
-        if arguments.device != device and device.index is not None:
-            raise UsageError(
-                f"training runs on {arguments.device}, not on {device}", hint="choose with CUDA_VISIBLE_DEVICES"
-            )
-        arguments._n_gpu = 1  # several would each take a batch, behind the back of the budget
-    return arguments
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -20,6 +20,8 @@ class Hold:
     """Fine-tuning with a fixed mask."""
 
     name: ClassVar[str] = "hold"
+    in_parts: ClassVar[bool] = True
+    """It compares no weights, so each process may hold a part of a matrix (FSDP2)."""
 
     def start(self, training: Training) -> Pruner:
         """Take the mask from the weights.

@@ -62,14 +62,21 @@ class Lesson:
     """Optimiser steps; None when the budget is in minutes."""
     epochs: int = 1
     protocol: dict[str, Any] = field(default_factory=dict)
+    processes: int = 1
+    """How many train together, each on a batch of its own in every step."""
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences of an optimiser step, in all processes together."""
+        return self.batch_size * self.processes
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens of an optimiser step; for single texts, of an average one."""
+        """Tokens of an optimiser step in all processes together; for single texts, of an average one."""
         if self.tokens is None:
-            return self.batch_size * self.length
+            return self.sequences_per_step * self.length
         mean = sum(map(len, self.tokens)) / len(self.tokens)
-        return max(1, round(self.batch_size * mean))
+        return max(1, round(self.sequences_per_step * mean))
 
 
 def plan_lesson(
@@ -79,6 +86,7 @@ def plan_lesson(
     sha256: str,
     result: Mapping[str, Any],
     reporter: Reporter,
+    processes: int = 1,
 ) -> Lesson:
     """Decide what is trained on what.
 
@@ -86,6 +94,7 @@ def plan_lesson(
         skeleton: the pruned model without weights.
         sha256: of the pruned model.
         result: what ``secateur.json`` beside the pruned model says, empty when there is none.
+        processes: how many train together.
 
     Raises:
         UsageError: settings that do not suit the model or each other, a budget that allows no step, no teacher known.
@@ -106,7 +115,7 @@ def plan_lesson(
     lesson = Lesson(
         settings=settings, task=task, loss=loss, tokenizer=tokenizer, length=0, batch_size=0,
         learning_rate=settings.learning_rate or rates[settings.mode], split=Split([], []), digest="",
-        teacher=teacher,
+        teacher=teacher, processes=processes,
     )  # fmt: skip
     if task == "language":
         _running_text(lesson, skeleton)
@@ -118,6 +127,7 @@ def plan_lesson(
         "mode": settings.mode,
         "learning_rate": lesson.learning_rate,
         "batch_size": lesson.batch_size,
+        "processes": processes,
         "held_out": f"{len(lesson.split.held_out)} of {len(lesson.split.held_out) + len(lesson.split.train)} examples",
         "teacher": teacher.source.name if teacher else "none",
     }
@@ -220,10 +230,10 @@ def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> Non
     if settings.epochs is not None:
         raise UsageError("--epochs is for --mode blocks and labelled texts", hint="use --tokens for running text")
     if settings.minutes is None:
-        budget = settings.tokens or max(available, lesson.batch_size) * lesson.length
-        lesson.steps = steps_for(budget, lesson.batch_size, lesson.length)
+        each = lesson.sequences_per_step
+        lesson.steps = steps_for(settings.tokens or max(available, each) * lesson.length, each, lesson.length)
         # What the budget never reaches the teacher need not read.
-        reached = min(available, lesson.steps * lesson.batch_size)
+        reached = min(available, lesson.steps * each)
         lesson.split = Split(lesson.split.train[:reached], lesson.split.held_out)
 
 
@@ -248,7 +258,7 @@ def _single_texts(
     lesson.digest = hashlib.sha256(told).hexdigest()
     lesson.protocol["data"] = f"{origin}; {len(texts)} texts; {made.told}"
     if settings.minutes is None:
-        per_epoch = math.ceil(len(lesson.split.train) / lesson.batch_size)
+        per_epoch = math.ceil(len(lesson.split.train) / lesson.sequences_per_step)
         lesson.steps = LABEL_EPOCHS * per_epoch if labelled is not None else per_epoch
         if settings.epochs is not None:
             lesson.steps = settings.epochs * per_epoch

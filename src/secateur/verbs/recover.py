@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -34,7 +33,9 @@ from secateur.errors import (
     UsageError,
     VerificationError,
 )
+from secateur.processes import FailedElsewhere, Processes
 from secateur.progress import Recorder, Reporter
+from secateur.recovery.arguments import check_launch, local_device
 from secateur.recovery.trainer import last_checkpoint
 from secateur.result import RESULT_FILE, Measured, RecoverResult, write_json
 from secateur.training import Training
@@ -77,6 +78,8 @@ def recover(
 ) -> RecoverResult:
     """Train a pruned model and write it as an ordinary Hugging Face folder, its zeros where they were.
 
+    Started by torchrun or accelerate launch, the processes train together; each gets the result.
+
     Args:
         model: the pruned model: a folder, hub id, ``.gguf`` file, ``demo`` or ``demo-encoder``.
         out: folder to write.
@@ -93,97 +96,179 @@ def recover(
         SecateurError: bad input (nothing was written), a run that failed part-way (it can be resumed), or a result that
             did not pass its verification.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            "recover runs in one process",
-            hint="start it without a launcher; use SparsityCallback in a Trainer of yours",
-        )
+    processes = Processes.meet()
+    with processes.together():
+        given = settings.to_dict() if settings is not None else {}
+        asked = _Asked(
+            model, Path(out), Training.from_dict({**given, **values}), dense, resume, overwrite, verify, evaluate,
+            measure_data, files,
+        )  # fmt: skip
+        return _recover(asked, processes, Recorder(reporter if processes.first else None))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of `recover`."""
+
+    model: str | Path
+    out: Path
+    settings: Training
+    dense: bool
+    resume: bool
+    overwrite: bool
+    verify: bool
+    evaluate: bool
+    measure_data: str
+    files: Sequence[str | Path]
+
+    def folder(self, source: Path | None = None) -> OutputFolder:
+        return OutputFolder(self.out, overwrite=self.overwrite, resume=self.resume, source_folder=source)
+
+
+def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> RecoverResult:
+    """Every process comes through here; the first alone writes, verifies and measures."""
     started = time.monotonic()
-    recorder = Recorder(reporter)
-    given = settings.to_dict() if settings is not None else {}
-    chosen = Training.from_dict({**given, **values})
+    chosen = asked.settings
     with ExitStack() as stack:
-        OutputFolder(out, overwrite=overwrite, resume=resume)  # refuse before anything is fetched
-        opened = _open(model, recorder)
-        folder = OutputFolder(out, overwrite=overwrite, resume=resume, source_folder=opened.source.folder)
-        device = resolve_device(chosen.device)
+        check_launch(chosen.trainer, chosen.mode, processes.count)
+        if processes.first:
+            asked.folder()  # refuse before anything is fetched
+        opened = _open(asked.model, recorder)
+        device = local_device(resolve_device(chosen.device), processes.count)
         dtype = compute_dtype(chosen.compute_dtype, device)
-        _check_measuring(evaluate, measure_data, files)
-        lesson = plan_lesson(chosen, opened.source, opened.skeleton, opened.sha256, opened.result, recorder)
+        _check_measuring(asked)
+        lesson = plan_lesson(
+            chosen, opened.source, opened.skeleton, opened.sha256, opened.result, recorder, processes.count
+        )
         blocks = chosen.mode == "blocks"
         zeros = count_zeros(opened.source, opened.skeleton)
-        if not zeros and not dense:
+        if not zeros and not asked.dense:
             raise UsageError(
                 f"{opened.source.name} has no zeros: there is no pattern to hold",
                 hint="prune it first, or train it as it is with --dense",
             )
-        folder.require_space(_bytes_needed(opened.source.folder, chosen))
-        stack.enter_context(folder)
+        fingerprint = _fingerprint(chosen, opened, lesson, device, dtype)
+        _check_same(processes.gather(fingerprint))
+        folder = asked.folder(opened.source.folder) if processes.first else None
+        if folder is not None:
+            folder.require_space(_bytes_needed(opened.source.folder, chosen))
+            stack.enter_context(folder)
         try:
-            fingerprint = _fingerprint(chosen, opened, lesson, device, dtype)
-            ledger = Ledger.begin(folder.partial / LEDGER, fingerprint, resume=resume)
-            where = folder.partial, device, dtype, ledger, recorder
-            if blocks:
-                taught = teach_blocks(lesson, opened.source, zeros, *where)
+            partial = _shared(folder, processes)
+            ledger = Ledger.begin(partial / LEDGER, fingerprint, resume=asked.resume) if processes.first else None
+            taught: Taught | None
+            if ledger is not None and blocks:
+                taught = teach_blocks(lesson, opened.source, zeros, partial, device, dtype, ledger, recorder)
             else:
-                taught = teach(lesson, opened.source, opened.skeleton, *where)
-            copy_side_files(opened.source.folder, folder.partial)
-            peak, seconds = peak_rss_bytes(), time.monotonic() - started
-            verification = _verified(folder.partial, opened.source.folder, taught, recorder) if verify else {}
-            folders = {"before": opened.source.folder, "after": folder.partial}
-            if lesson.teacher is not None:
-                folders["teacher"] = lesson.teacher.source.folder
-            prunable = {**_prunable(opened), **taught.prunable}  # a new head may have renamed the keys
-            measured: dict[str, Measured] = {}
-            protocol: dict[str, Any] = {}
-            for side, place in folders.items():
-                measured[side], protocol = _measured(place, prunable, lesson, evaluate, measure_data, files, recorder)
+                taught = teach(
+                    lesson, opened.source, opened.skeleton, partial, device, dtype, ledger, processes, recorder
+                )
+            if folder is None or taught is None:
+                return _received(processes.on_first(dict))
+            seconds = time.monotonic() - started
+            copy_side_files(opened.source.folder, partial)
+            result = _result(asked, opened, lesson, taught, partial, device, dtype, seconds, recorder)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"stopped; the last checkpoint is kept in {folder.partial}",
+                f"stopped; the last checkpoint is kept in {asked.out.name}.partial",
                 hint="go on with the same command and --resume",
             ) from None
         except (RunError, VerificationError):
             raise
-        except SecateurError as error:
-            if isinstance(error, OutputError) and resume:
-                raise  # the run was not taken up at all
+        except (SecateurError, FailedElsewhere) as error:
+            if folder is None or (isinstance(error, OutputError) and asked.resume):
+                raise  # the first decides; and this run was not taken up at all
             started_already = last_checkpoint(folder.partial / "trainer") or (
-                chosen.mode == "blocks" and Ledger.any_step(folder.partial / LEDGER)
+                blocks and Ledger.any_step(folder.partial / LEDGER)
             )
-            if resume or started_already:
+            if not (asked.resume or started_already):
+                folder.discard()
+            elif isinstance(error, SecateurError):
                 raise RunError(error.message, hint=f"{error.hint}; --resume goes on") from error
-            folder.discard()
             raise
-        result = RecoverResult(
-            out=str(out),
-            source=opened.result.get("source") or provenance(model, opened.source, opened.sha256),
-            student=provenance(model, opened.source, opened.sha256),
-            settings=chosen.to_dict(),
-            sparsity=measured["after"].sparsity,
-            seconds=seconds,
-            peak_rss_bytes=peak,
-            teacher=measured.get("teacher"),
-            before=measured["before"],
-            after=measured["after"],
-            training=taught.report,
-            zeros_held=taught.zeros_held,
-            verified=bool(verification),
-            verdict=recovery_sentences(
-                measured.get("teacher"), measured["before"], measured["after"], taught.report
-            ),
-            protocol={**lesson.protocol, "compute_dtype": str(dtype).removeprefix("torch."), "device": str(device),
-                      "quality": protocol},
-            verification=verification,
-            warnings=recorder.warnings,
-            versions=versions(),
-            shards=dict(taught.shards),
-        )  # fmt: skip
-        write_recovery_card(folder.partial, result)
-        write_json(folder.partial / RESULT_FILE, result.to_dict())
-        _tidy(folder.partial)
+        write_recovery_card(partial, result)
+        write_json(partial / RESULT_FILE, result.to_dict())
+        _tidy(partial)
         folder.commit()
+        processes.on_first(result.to_dict)
     return result
+
+
+def _result(
+    asked: _Asked, opened: _Opened, lesson: Lesson, taught: Taught, partial: Path, device: torch.device,
+    dtype: torch.dtype, seconds: float, recorder: Recorder,
+) -> RecoverResult:  # fmt: skip
+    """Verify and measure what was made."""
+    peak = peak_rss_bytes()
+    verification = _verified(partial, opened.source.folder, taught, recorder) if asked.verify else {}
+    folders = {"before": opened.source.folder, "after": partial}
+    if lesson.teacher is not None:
+        folders["teacher"] = lesson.teacher.source.folder
+    prunable = {**_prunable(opened), **taught.prunable}  # a new head may have renamed the keys
+    measured: dict[str, Measured] = {}
+    protocol: dict[str, Any] = {}
+    for side, place in folders.items():
+        measured[side], protocol = _measured(place, prunable, lesson, asked, recorder)
+    student = provenance(asked.model, opened.source, opened.sha256)
+    return RecoverResult(
+        out=str(asked.out),
+        source=opened.result.get("source") or student,
+        student=student,
+        settings=asked.settings.to_dict(),
+        sparsity=measured["after"].sparsity,
+        seconds=seconds,
+        peak_rss_bytes=peak,
+        teacher=measured.get("teacher"),
+        before=measured["before"],
+        after=measured["after"],
+        training=taught.report,
+        zeros_held=taught.zeros_held,
+        verified=bool(verification),
+        verdict=recovery_sentences(measured.get("teacher"), measured["before"], measured["after"], taught.report),
+        protocol={**lesson.protocol, "compute_dtype": str(dtype).removeprefix("torch."), "device": str(device),
+                  "quality": protocol},
+        verification=verification,
+        warnings=recorder.warnings,
+        versions=versions(),
+        shards=dict(taught.shards),
+    )  # fmt: skip
+
+
+def _received(data: dict[str, Any]) -> RecoverResult:
+    """The result that the first process has sent."""
+    sides = {side: Measured(**data[side]) for side in ("before", "after", "teacher") if data[side] is not None}
+    return RecoverResult(**{**data, **sides})
+
+
+def _shared(folder: OutputFolder | None, processes: Processes) -> Path:
+    """The folder that the first process works in, as this one sees it.
+
+    Raises:
+        OutputError: when it does not.
+    """
+    partial = Path(processes.on_first(lambda: str(folder.partial if folder is not None else "")))
+    if not partial.is_dir():
+        raise OutputError(
+            f"process {processes.rank} does not see {partial}, which the first process has made",
+            hint="choose an output folder on a disk that all machines share",
+        )
+    return partial
+
+
+def _check_same(fingerprints: Sequence[dict[str, Any]]) -> None:
+    """See that all processes read the same: on several machines the same name may be another model or text.
+
+    Raises:
+        UsageError: naming what differs.
+    """
+    first = fingerprints[0]
+    for rank, other in enumerate(fingerprints):
+        differing = sorted(key for key in first if other[key] != first[key] and key not in ("device", "threads"))
+        if differing:
+            raise UsageError(
+                f"process {rank} does not read what the first one reads: {', '.join(differing)} differ",
+                hint="give the same model, data and versions on all machines",
+            )
 
 
 def _open(model: str | Path, reporter: Reporter) -> _Opened:
@@ -203,14 +288,14 @@ def _open(model: str | Path, reporter: Reporter) -> _Opened:
 
 
 def _measured(
-    place: Path, prunable: dict[str, int], lesson: Lesson, evaluate: bool, data: str, files: Sequence[str | Path],
-    reporter: Reporter,
+    place: Path, prunable: dict[str, int], lesson: Lesson, asked: _Asked, reporter: Reporter
 ) -> tuple[Measured, dict[str, Any]]:  # fmt: skip
     """One side; what cannot be measured after a long training is told, and the training is kept."""
     length = lesson.length if lesson.task == "language" else None
+    data = asked.measure_data
     try:
         return measured_model(
-            place, prunable, data=data, files=files, evaluate=evaluate, length=length, reporter=reporter
+            place, prunable, data=data, files=asked.files, evaluate=asked.evaluate, length=length, reporter=reporter
         )
     except Interrupted:
         raise
@@ -219,11 +304,11 @@ def _measured(
         return measured_model(place, prunable, data=data, files=(), evaluate=False, length=None, reporter=reporter)
 
 
-def _check_measuring(evaluate: bool, data: str, files: Sequence[str | Path]) -> None:
+def _check_measuring(asked: _Asked) -> None:
     """Refuse measuring data that cannot be read before hours of training, not after them."""
-    if evaluate:
-        load_text(data, "measure")
-        read_files(files)
+    if asked.evaluate:
+        load_text(asked.measure_data, "measure")
+        read_files(asked.files)
 
 
 def _prunable(opened: _Opened) -> dict[str, int]:
@@ -255,6 +340,7 @@ def _fingerprint(
         "teacher_sha256": lesson.teacher.sha256 if lesson.teacher else None,
         "teacher_config_sha256": lesson.teacher.config_sha256 if lesson.teacher else None,
         "data_sha256": lesson.digest,
+        "processes": lesson.processes,
         "device": str(device),
         "compute_dtype": str(dtype),
         "threads": torch.get_num_threads(),

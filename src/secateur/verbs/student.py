@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import transformers
 
 from secateur.checkpoint.source import Source
+from secateur.engine.blocks import find_structure
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.measure.model import load_model, quiet_loading
@@ -78,7 +79,7 @@ def named_for(student: Any, held: HeldZeros) -> HeldZeros:
     return HeldZeros(pruned)
 
 
-def trainable(lesson: Lesson, student: Any, held: HeldZeros, weights: Mapping[str, torch.Tensor], new: set[str]) -> Any:
+def trainable(lesson: Lesson, student: Any, held: HeldZeros, new: set[str]) -> Any:
     """Decide which parameters learn. ``new`` ones do in every mode, and so does the head of a classifier.
 
     Raises:
@@ -91,6 +92,7 @@ def trainable(lesson: Lesson, student: Any, held: HeldZeros, weights: Mapping[st
         heads |= {name for name, _ in student.named_parameters() if not name.startswith(prefix)}
     if settings.mode == "lora":
         learning = [student.get_parameter(name) for name in heads]
+        weights = {matrix.name: student.get_parameter(matrix.name) for matrix in find_structure(student).matrices}
         model = add_adapters(student, held, weights, rank=settings.rank, seed=settings.seed)
         for parameter in learning:
             parameter.requires_grad_(True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,28 +13,22 @@ import transformers
 
 from secateur.checkpoint.ledger import Ledger
 from secateur.checkpoint.source import Source
-from secateur.engine.blocks import find_structure
 from secateur.engine.device import trim_memory
-from secateur.errors import RunError, UsageError
+from secateur.errors import OutputError, RunError, UsageError
 from secateur.measure.embeddings import read_pooling
 from secateur.measure.model import load_model, quiet_loading
 from secateur.measure.perplexity import perplexity
 from secateur.measure.texts import padding_token
+from secateur.processes import Processes
 from secateur.progress import Reporter
+from secateur.recovery.arguments import asks_for_parts, read_whole_models, training_arguments
 from secateur.recovery.blocks import duration
 from secateur.recovery.data import Pad, Texts, Windows, stack
 from secateur.recovery.lora import merge_adapters
 from secateur.recovery.objectives import FeatureObjective, LabelObjective, LanguageObjective
+from secateur.recovery.parts import fill, gather, trained_parameters
 from secateur.recovery.teacher import TeacherLogits, build_cache, cache_key, cached_folder, open_cache
-from secateur.recovery.trainer import (
-    Checkpoints,
-    HoldZeros,
-    RecoveryTrainer,
-    Tell,
-    last_checkpoint,
-    time_of_step,
-    training_arguments,
-)
+from secateur.recovery.trainer import Checkpoints, RecoveryTrainer, Tell, last_checkpoint, time_of_step
 from secateur.verbs.lesson import Lesson
 from secateur.verbs.student import named_for, open_student, trainable
 from secateur.verbs.taught import ASSESSED, Taught, generalisation, held_zeros, write_taught
@@ -41,34 +36,41 @@ from secateur.verbs.taught import ASSESSED, Taught, generalisation, held_zeros, 
 
 def teach(
     lesson: Lesson, source: Source, skeleton: transformers.PreTrainedModel, partial: Path, device: torch.device,
-    dtype: torch.dtype, ledger: Ledger, reporter: Reporter,
-) -> Taught:  # fmt: skip
+    dtype: torch.dtype, ledger: Ledger | None, processes: Processes, reporter: Reporter,
+) -> Taught | None:  # fmt: skip
     """Train with the Hugging Face Trainer and write the result into ``partial``.
 
     Args:
         skeleton: the pruned model without weights.
+        ledger: that of the run, in the first process.
+
+    Returns:
+        What was made, in the first process; None in the others.
 
     Raises:
         RunError: a loss that is not finite, or a full disk; the last checkpoint can be resumed.
-        UsageError: a budget in minutes that allows no step.
+        UsageError: a budget in minutes that allows no step, or FSDP where accelerate cannot do it.
     """
     settings = lesson.settings
+    parts = asks_for_parts(settings.trainer)
+    if parts:
+        read_whole_models(reporter)
     arguments = training_arguments(
         partial / "trainer", settings.trainer, seed=settings.seed, device=device, steps=1, rate=lesson.learning_rate,
-        batch=lesson.batch_size, single_texts=lesson.task != "language",
+        batch=lesson.batch_size, single_texts=lesson.task != "language", processes=processes.count,
         checkpointing=_checkpointing(settings.mode, settings.gradient_checkpointing),
     )  # fmt: skip
-    cache = _teacher_cache(lesson, device, dtype, reporter)
-    student, new = open_student(lesson, source, device)
-    held = named_for(student, held_zeros(source, skeleton))
-    structure = find_structure(student)
-    weights = {matrix.name: student.get_parameter(matrix.name) for matrix in structure.matrices}
+    cache = _teacher_cache(lesson, device, dtype, processes, reporter)
     live = None
     if lesson.teacher is not None and cache is None:
         live = load_model(lesson.teacher.source.folder, device=str(device), dtype=_name(dtype))
     objective = _objective(lesson, source, live, dtype)
-    before = [_assess(lesson, student, part, objective) for part in (lesson.split.held_out, lesson.split.train)]
-    model = trainable(lesson, student, held, weights, new)
+    # A model that is divided among devices may be larger than one; where a teacher is beside it, it is not.
+    place = torch.device("cpu") if parts and lesson.task != "features" else device
+    student, new = open_student(lesson, source, place)
+    held = named_for(student, held_zeros(source, skeleton))
+    before = processes.on_first(functools.partial(_losses, lesson, student, objective))
+    model = trainable(lesson, student, held, new)
     tell = Tell(reporter)
     data = _dataset(lesson, lesson.split.train, cache)
     with padding_token(student, lesson.tokenizer) as padding:
@@ -76,12 +78,16 @@ def teach(
         trainer = RecoveryTrainer(
             model=model, args=arguments, train_dataset=data, data_collator=collate, objective=objective,
             callbacks=[Checkpoints(settings.save_minutes), tell],
+            held=held if settings.mode == "full" else None, owner=student,
         )  # fmt: skip
-        if settings.mode == "full":
-            trainer.add_callback(HoldZeros(held, student))
         del held  # where the pruned matrices are frozen, their masks are a tenth of all memory for nothing
+        if parts and not trainer.is_fsdp_enabled:
+            raise UsageError(
+                f"accelerate does not divide a model on {arguments.device.type}: FSDP needs accelerators",
+                hint="leave fsdp out: each process then holds the whole model",
+            )
         trainer.remove_callback(transformers.PrinterCallback)
-        steps, seconds = _budget(lesson, trainer, collate, data, ledger, reporter)
+        steps, seconds = _budget(lesson, trainer, collate, data, ledger, processes, reporter)
         arguments.max_steps = steps
         given = {key.replace("-", "_") for key in settings.trainer}
         if not given & {"warmup_steps", "warmup_ratio"}:
@@ -90,19 +96,30 @@ def teach(
         if "logging_steps" not in given:
             arguments.logging_steps = max(1, steps // 20)
         resumed = last_checkpoint(Path(arguments.output_dir))
+        processes.gather(None)  # from here on they wait for each other's gradients, where nobody hears of an error
         try:
             with quiet_loading():
                 trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         except OSError as error:
             raise RunError(f"training stopped: {error}", hint="free some space and go on with --resume") from error
-    finished = merge_adapters(trainer.model) if settings.mode == "lora" else student
-    done = steps - (int(resumed.name.rpartition("-")[2]) if resumed else 0)
+    trained = gather(trained_parameters(trainer.model), keep=processes.first) if parts else {}
     # The Trainer's own list, because a resumed run has the losses before the kill in it.
     losses = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
-    del trainer, model
+    done = steps - (int(resumed.name.rpartition("-")[2]) if resumed else 0)
+    del trainer
+    if not processes.first:
+        return None
+    if parts:
+        del model, student
+        student, new = open_student(lesson, source, place)
+        model = trainable(lesson, student, named_for(student, held_zeros(source, skeleton)), new)
+        for name, parameter in trained_parameters(model).items():
+            fill(parameter, trained[name])
+    finished = merge_adapters(model) if settings.mode == "lora" else student
+    del model, trained
     gc.collect()
     student = finished.eval()
-    after = [_assess(lesson, student, part, objective) for part in (lesson.split.held_out, lesson.split.train)]
+    after = _losses(lesson, student, objective)
     del live, objective
     report = _report(lesson, steps, done, tell.seconds, seconds, losses, before, after)
     made = write_taught(lesson, student, source, partial, named_for(student, held_zeros(source, skeleton)))
@@ -110,25 +127,42 @@ def teach(
     return made
 
 
+def _losses(lesson: Lesson, student: Any, objective: Any) -> list[float | None]:
+    """On texts held out, and on texts trained on."""
+    return [_assess(lesson, student, part, objective) for part in (lesson.split.held_out, lesson.split.train)]
+
+
 def _teacher_cache(
-    lesson: Lesson, device: torch.device, dtype: torch.dtype, reporter: Reporter
+    lesson: Lesson, device: torch.device, dtype: torch.dtype, processes: Processes, reporter: Reporter
 ) -> TeacherLogits | None:
-    """The teacher's logits for all training windows, from the cache or made now; None where it must be asked live."""
+    """The teacher's logits for all training windows, from the cache or made now; None where it must be asked live.
+
+    The first process makes them; the others read what it has made.
+    """
     if lesson.loss != "kd" or lesson.task != "language":
         return None
-    assert lesson.teacher is not None
+    teacher = lesson.teacher
+    assert teacher is not None
     assert lesson.windows is not None
     windows = lesson.windows[: len(lesson.split.train)]
-    identity = lesson.teacher.sha256 + lesson.teacher.config_sha256
-    key = cache_key(identity, windows, lesson.settings.top_k, dtype, device.type)
-    if cached_folder(key).is_dir():
-        reporter.note("the teacher's logits for this text are in the cache")
-        return open_cache(key)
-    teacher = load_model(lesson.teacher.source.folder, device=str(device), dtype=_name(dtype))
-    cache = build_cache(key, teacher, windows, lesson.settings.top_k, dtype=dtype, reporter=reporter)
-    del teacher
-    trim_memory()
-    return cache
+    key = cache_key(teacher.sha256 + teacher.config_sha256, windows, lesson.settings.top_k, dtype, device.type)
+
+    def make() -> None:
+        if cached_folder(key).is_dir():
+            reporter.note("the teacher's logits for this text are in the cache")
+            return
+        model = load_model(teacher.source.folder, device=str(device), dtype=_name(dtype))
+        build_cache(key, model, windows, lesson.settings.top_k, dtype=dtype, reporter=reporter)
+        del model
+        trim_memory()
+
+    processes.on_first(make)
+    if not cached_folder(key).is_dir():
+        raise OutputError(
+            f"process {processes.rank} does not see {cached_folder(key)}, which the first process has made",
+            hint="give a folder that all machines share with SECATEUR_CACHE",
+        )
+    return open_cache(key)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -155,37 +189,68 @@ def _dataset(lesson: Lesson, indices: Sequence[int], cache: TeacherLogits | None
 
 
 def _budget(
-    lesson: Lesson, trainer: RecoveryTrainer, collate: Any, data: Any, ledger: Ledger, reporter: Reporter
-) -> tuple[int, float]:
-    """Steps of the run and the measured seconds of one; says before the start what it will cost."""
-    arguments = trainer.args
-    accumulation = arguments.gradient_accumulation_steps
-    batch = collate([data[index] for index in range(min(arguments.per_device_train_batch_size, len(data)))])
-    seconds = time_of_step(trainer, batch, accumulation)
-    steps = lesson.steps
-    noted = next((entry["steps"] for entry in ledger.steps if "steps" in entry), None)
-    if noted is not None:
-        steps = noted  # a resumed run must not measure itself another length
-    elif steps is None:
-        assert lesson.settings.minutes is not None
-        steps = int(60 * lesson.settings.minutes / seconds)
-        if steps < 1:
-            raise UsageError(
-                f"--minutes {lesson.settings.minutes:g} allows no step: one takes {seconds:.1f} s",
-                hint="give more minutes, or a smaller --batch-size or --sequence-length",
-            )
-    if noted is None:
-        ledger.append({"steps": steps})
-    tokens = lesson.tokens_per_step
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    each = 1000 * seconds / tokens
-    rate = f"{each:.1f}" if each >= 1 else f"{each:.2g}"
-    reporter.note(
-        f"{steps} steps of {tokens:,} tokens: {rate} s per 1,000 tokens, about "
-        f"{duration(steps * seconds)} in all; {trained:,} parameters are trained, whose gradients and optimiser take "
-        f"{12 * trained / 1e6:,.0f} MB"
-    )
+    lesson: Lesson, trainer: RecoveryTrainer, collate: Any, data: Any, ledger: Ledger | None, processes: Processes,
+    reporter: Reporter,
+) -> tuple[int, float | None]:  # fmt: skip
+    """Steps of the run and the measured seconds of one, as the first process finds them; it says what it will cost.
+
+    With FSDP there are no seconds: no process holds the whole model, and a step of a part is none.
+    """
+
+    def decide() -> list[Any]:
+        assert ledger is not None
+        seconds = None
+        if not trainer.is_fsdp_enabled:
+            count = min(trainer.args.per_device_train_batch_size, len(data))
+            batch = collate([data[index] for index in range(count)])
+            seconds = time_of_step(trainer, batch, trainer.args.gradient_accumulation_steps)
+        steps = lesson.steps
+        noted = next((entry["steps"] for entry in ledger.steps if "steps" in entry), None)
+        if noted is not None:
+            steps = noted  # a resumed run must not measure itself another length
+        elif steps is None:
+            steps = _steps_in(lesson.settings.minutes, seconds)
+        if noted is None:
+            ledger.append({"steps": steps})
+        reporter.note(_told_cost(lesson, trainer.model, steps, seconds))
+        return [steps, seconds]
+
+    steps, seconds = processes.on_first(decide)
     return steps, seconds
+
+
+def _steps_in(minutes: float | None, seconds: float | None) -> int:
+    """Steps that a budget in minutes allows.
+
+    Raises:
+        UsageError: when it allows none, or steps were not measured.
+    """
+    assert minutes is not None
+    if seconds is None:
+        raise UsageError("--minutes needs a measured step, and with FSDP there is none", hint="give --tokens")
+    steps = int(60 * minutes / seconds)
+    if steps < 1:
+        raise UsageError(
+            f"--minutes {minutes:g} allows no step: one takes {seconds:.1f} s",
+            hint="give more minutes, or a smaller --batch-size or --sequence-length",
+        )
+    return steps
+
+
+def _told_cost(lesson: Lesson, model: Any, steps: int, seconds: float | None) -> str:
+    tokens = lesson.tokens_per_step
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    told = f"{steps} steps of {tokens:,} tokens"
+    if lesson.processes > 1:
+        told += f" in {lesson.processes} processes"
+    if seconds is not None:
+        each = 1000 * seconds / tokens
+        rate = f"{each:.1f}" if each >= 1 else f"{each:.2g}"
+        told += f": {rate} s per 1,000 tokens, about {duration(steps * seconds)} in all"
+        told += ", without the exchange between processes" if lesson.processes > 1 else ""
+    return (
+        f"{told}; {trained:,} parameters are trained, whose gradients and optimiser take {12 * trained / 1e6:,.0f} MB"
+    )
 
 
 def _assess(lesson: Lesson, model: Any, indices: Sequence[int], objective: Any) -> float | None:
@@ -214,7 +279,7 @@ def _assess(lesson: Lesson, model: Any, indices: Sequence[int], objective: Any) 
 
 
 def _report(
-    lesson: Lesson, steps: int, done: int, seconds: float, step_seconds: float, losses: list[tuple[int, float]],
+    lesson: Lesson, steps: int, done: int, seconds: float, step_seconds: float | None, losses: list[tuple[int, float]],
     before: Sequence[float | None], after: Sequence[float | None],
 ) -> dict[str, Any]:  # fmt: skip
     tokens = steps * lesson.tokens_per_step
@@ -223,7 +288,7 @@ def _report(
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": done * lesson.tokens_per_step / seconds if seconds else None,
-        "expected_seconds": steps * step_seconds,
+        "expected_seconds": None if step_seconds is None else steps * step_seconds,
         "training_loss": losses[-1][1] if losses else None,
         "losses": losses,
         **generalisation(before, after),
