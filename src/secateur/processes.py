@@ -170,20 +170,11 @@ class Processes:
 
     def _failed_elsewhere(self, error: BaseException) -> dict[str, Any] | None:
         """The failure that this one is a part or consequence of: that of the first, or one that broke a connection."""
-        if self.first:
-            if isinstance(error, SecateurError | KeyboardInterrupt):
-                return None
-            others = [f"failed/{rank}" for rank in range(1, self.count)]
-        else:
-            others = ["failed/0"]
-        until = time.monotonic() + _PATIENCE
-        while time.monotonic() < until:
-            for key in others:
-                if self._has(key):
-                    found: dict[str, Any] = json.loads(self._store.get(key))
-                    return found
-            time.sleep(_POLL)
-        return None
+        if self.first and isinstance(error, SecateurError | KeyboardInterrupt):
+            return None
+        key = self._wait_for(*[f"failed/{rank}" for rank in (range(1, self.count) if self.first else [0])])
+        found: dict[str, Any] | None = json.loads(self._store.get(key)) if key else None
+        return found
 
     def _wait(self, keys: list[str]) -> None:
         """Wait for keys as long as it takes.
@@ -201,19 +192,16 @@ class Processes:
         except RuntimeError:
             raise FailedElsewhere(_described(RunError("the first process has ended"), self.rank)) from None
 
-    def _has(self, key: str) -> bool:
-        try:
-            return bool(self._store.check([key]))
-        except RuntimeError:
-            return key == "left"  # the host of the store has ended
-
-    def _wait_for(self, key: str) -> bool:
+    def _wait_for(self, *keys: str) -> str | None:
+        """Wait a while for one of the keys, and say for which; None without one, or when the store has gone."""
         until = time.monotonic() + _PATIENCE
-        while not self._has(key):
-            if time.monotonic() > until:
-                return False
-            time.sleep(_POLL)
-        return True
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < until:
+                for key in keys:
+                    if self._store.check([key]):
+                        return key
+                time.sleep(_POLL)
+        return None
 
     def _leave(self) -> None:
         with contextlib.suppress(RuntimeError):

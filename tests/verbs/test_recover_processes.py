@@ -111,6 +111,8 @@ def _stopped_and_resumed(root: Path, out: Path) -> None:
 
     Tell.on_step_end = stop
     processes._PATIENCE = 0.5  # the first lives on here, and the others wait to see it leave
+    with pytest.raises(UsageError, match="--minutes needs a measured step"):
+        _recover(root, out, **{**options, "tokens": None, "minutes": 1.0})
     with pytest.raises(Interrupted, match="the last checkpoint is kept"):
         _recover(root, out, **options)
     Tell.on_step_end = original
@@ -229,6 +231,7 @@ def _breaks_in_one(root: Path, folder: Path) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise MemoryError("of this process")
 
+    processes._PATIENCE = 2.0  # nobody answers
     if not _is_first():
         Tell.on_step_end = broken
     _recover(root, folder / "out", save_minutes=1e-9)

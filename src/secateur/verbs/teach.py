@@ -49,11 +49,14 @@ def teach(
 
     Raises:
         RunError: a loss that is not finite, or a full disk; the last checkpoint can be resumed.
-        UsageError: a budget in minutes that allows no step, or FSDP where accelerate cannot do it.
+        UsageError: a budget in minutes that allows no step or, with FSDP, cannot be measured; FSDP where accelerate
+            does not do it.
     """
     settings = lesson.settings
     parts = asks_for_parts(settings.trainer)
     if parts:
+        if lesson.steps is None:
+            raise UsageError("--minutes needs a measured step, and with FSDP there is none", hint="give --tokens")
         read_whole_models(reporter)
     arguments = training_arguments(
         partial / "trainer", settings.trainer, seed=settings.seed, device=device, steps=1, rate=lesson.learning_rate,
@@ -209,6 +212,8 @@ def _budget(
         if noted is not None:
             steps = noted  # a resumed run must not measure itself another length
         elif steps is None:
+            assert lesson.settings.minutes is not None
+            assert seconds is not None
             steps = _steps_in(lesson.settings.minutes, seconds)
         if noted is None:
             ledger.append({"steps": steps})
@@ -219,15 +224,12 @@ def _budget(
     return steps, seconds
 
 
-def _steps_in(minutes: float | None, seconds: float | None) -> int:
+def _steps_in(minutes: float, seconds: float) -> int:
     """Steps that a budget in minutes allows.
 
     Raises:
-        UsageError: when it allows none, or steps were not measured.
+        UsageError: when it allows none.
     """
-    assert minutes is not None
-    if seconds is None:
-        raise UsageError("--minutes needs a measured step, and with FSDP there is none", hint="give --tokens")
     steps = int(60 * minutes / seconds)
     if steps < 1:
         raise UsageError(
