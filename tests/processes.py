@@ -45,8 +45,11 @@ def _child(rank: int, count: int, port: int, target: Callable[..., None], args: 
 
 
 def run_together(count: int, target: Callable[..., None], *args: Any) -> list[int | None]:
-    """Run ``target`` in ``count`` forked processes; their exit statuses, None for one that did not end in time."""
-    context, port = multiprocessing.get_context("fork"), free_port()
+    """Run ``target`` in ``count`` processes; their exit statuses, None for one that did not end in time.
+
+    They start anew: a fork of a process that has trained before crashes now and then.
+    """
+    context, port = multiprocessing.get_context("spawn"), free_port()
     children = [context.Process(target=_child, args=(rank, count, port, target, args)) for rank in range(count)]
     for child in children:
         child.start()
