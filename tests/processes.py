@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import socket
@@ -18,10 +20,22 @@ from secateur.processes import leave_group
 WAIT = 120
 
 
+_turn = itertools.count()
+
+
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """A port that nobody else takes in the seconds until the children open it.
+
+    It is below those that the system gives out by itself, in ten that belong to this process.
+    """
+    first = 10_000 + os.getpid() % 2_000 * 10
+    for _ in range(10):
+        port = first + next(_turn) % 10
+        with socket.socket() as server, contextlib.suppress(OSError):
+            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            server.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"no free port from {first} on")
 
 
 def _child(rank: int, count: int, port: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:

@@ -15,11 +15,11 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader
 from secateur.engine.blocks import Structure, find_structure
-from secateur.engine.capture import AtBlock, Capture, Finished, Lane
+from secateur.engine.capture import AtBlock, Finished
 from secateur.engine.device import activation_limit, trim_memory
 from secateur.engine.inputs import inputs_of_window, output_tensor
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import buffers_to, build_skeleton, declare_dtype, drop_tensor
+from secateur.engine.skeleton import build_skeleton, drop_tensor
 from secateur.engine.stream import BlockStream
 from secateur.plugins import make_method
 from secateur.result import PrunedMatrix
@@ -149,37 +149,22 @@ class _Forwards(BlockStream):
         for lane in lanes:
             lane.skip = skip
         taken: dict[int, float] = {}
-        try:
-            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
-                declare_dtype(self.model, self.compute_dtype)
-                self._load_buffers()
-                buffers_to(self.model, self.device)
-                for lane in lanes:
-                    self._advance(lane)
+        with self._started(lanes):
+            while waiting := {lane.event.index for lane in lanes if isinstance(lane.event, AtBlock)}:
+                block = self.structure.blocks[min(waiting)]
+                names = [name for name in block.tensors if self.binding.bound(name)]
+                self._install(block, self.binding.load(names, self.source), self.compute_dtype, frozen=True)
+                for index, lane in enumerate(lanes):
+                    if lane.event == AtBlock(block.index):
+                        self._advance(lane)
+                        if isinstance(lane.event, Finished):
+                            taken[index] = take(index, lane.event.output)
+                            lane.event = None
+                for name in names:
+                    drop_tensor(self.model, name)
                 self._release_outside()
-                while waiting := {lane.event.index for lane in lanes if isinstance(lane.event, AtBlock)}:
-                    block = self.structure.blocks[min(waiting)]
-                    names = [name for name in block.tensors if self.binding.bound(name)]
-                    self._install(block, self.binding.load(names, self.source), self.compute_dtype, frozen=True)
-                    for index, lane in enumerate(lanes):
-                        if lane.event == AtBlock(block.index):
-                            self._advance(lane)
-                            if isinstance(lane.event, Finished):
-                                taken[index] = take(index, lane.event.output)
-                                lane.event = None
-                    for name in names:
-                        drop_tensor(self.model, name)
-                    self._release_outside()
-                    trim_memory()
-        finally:
-            self._end(lanes)
+                trim_memory()
         return [taken[index] for index in range(len(lanes))]
-
-    def _end(self, lanes: Sequence[Lane]) -> None:
-        for lane in lanes:
-            lane.stop()
-        self._release_outside()
-        self.store.close()
 
 
 def rehearse(

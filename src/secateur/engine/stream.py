@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -97,13 +98,7 @@ class BlockStream:
         answer: torch.Tensor | None = None
         self.reporter.stage("pruning", count)
         try:
-            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
-                declare_dtype(self.model, self.compute_dtype)
-                self._load_buffers()
-                buffers_to(self.model, self.device)
-                for lane in lanes:
-                    self._advance(lane)
-                self._release_outside()
+            with self._started(lanes):
                 trim_memory()
                 if prober is not None:
                     self._advance_probe(prober)
@@ -127,12 +122,27 @@ class BlockStream:
                 hint="this model cannot be streamed block by block yet",
             ) from error
         finally:
-            for started in [*lanes, prober]:
-                if started is not None:
-                    started.stop()
+            if prober is not None:
+                prober.stop()
+        return StreamResult([matrix for index in range(count) for matrix in result[index]], answer)
+
+    @contextmanager
+    def _started(self, lanes: Sequence[Lane]) -> Iterator[None]:
+        """Run every forward up to its first block; at the end stop them all, and let go of what they held."""
+        try:
+            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
+                declare_dtype(self.model, self.compute_dtype)
+                self._load_buffers()
+                buffers_to(self.model, self.device)
+                for lane in lanes:
+                    self._advance(lane)
+                self._release_outside()
+                yield
+        finally:
+            for lane in lanes:
+                lane.stop()
             self._release_outside()
             self.store.close()
-        return StreamResult([matrix for index in range(count) for matrix in result[index]], answer)
 
     def _lane(self, inputs: Inputs, *, observed: bool) -> Lane:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secateur.engine.blocks import Structure
-from secateur.engine.capture import AtBlock, Capture, Finished, first_states, handed_on
+from secateur.engine.capture import AtBlock, Finished, first_states, handed_on
 from secateur.engine.inputs import output_tensor
-from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor
+from secateur.engine.skeleton import drop_tensor
 from secateur.engine.stream import BlockStream
 from secateur.progress import Reporter
 
@@ -70,37 +70,26 @@ class StateStream(BlockStream):
         lanes = [self._lane(batch, observed=False) for batch in batches]
         states = States()
         self.reporter.stage("comparing blocks", len(self.structure.blocks))
-        try:
-            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
-                declare_dtype(self.model, self.compute_dtype)
-                self._load_buffers()
-                buffers_to(self.model, self.device)
+        for lane in lanes:
+            lane.keep_output = True
+        with self._started(lanes):
+            for block in self.structure.blocks:
+                names = [name for name in block.tensors if self.binding.bound(name)]
+                tensors = self.binding.load(names, self.source)
+                self._install(block, tensors, self.compute_dtype, frozen=True)
                 for lane in lanes:
-                    lane.keep_output = True
-                    self._advance(lane)
+                    if lane.event == AtBlock(block.index):
+                        self.store.unpark(lane.watcher)
+                        assert lane.call is not None
+                        before = first_states(*lane.call).detach().float().clone()
+                        self.store.park(lane.watcher)
+                        self._advance(lane)
+                        after, lane.output = lane.output.float(), None
+                        _add(states, block.index, before, after, last=isinstance(lane.event, Finished))
+                for name in names:
+                    drop_tensor(self.model, name)
                 self._release_outside()
-                for block in self.structure.blocks:
-                    names = [name for name in block.tensors if self.binding.bound(name)]
-                    tensors = self.binding.load(names, self.source)
-                    self._install(block, tensors, self.compute_dtype, frozen=True)
-                    for lane in lanes:
-                        if lane.event == AtBlock(block.index):
-                            self.store.unpark(lane.watcher)
-                            assert lane.call is not None
-                            before = first_states(*lane.call).detach().float().clone()
-                            self.store.park(lane.watcher)
-                            self._advance(lane)
-                            after, lane.output = lane.output.float(), None
-                            _add(states, block.index, before, after, last=isinstance(lane.event, Finished))
-                    for name in names:
-                        drop_tensor(self.model, name)
-                    self._release_outside()
-                    self.reporter.advance(block.name)
-        finally:
-            for lane in lanes:
-                lane.stop()
-            self._release_outside()
-            self.store.close()
+                self.reporter.advance(block.name)
         return states
 
 

@@ -16,10 +16,10 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Block, Structure
-from secateur.engine.capture import AtBlock, Capture
+from secateur.engine.capture import AtBlock
 from secateur.engine.forward import NoSink, probe_inputs
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor
+from secateur.engine.skeleton import drop_tensor
 from secateur.engine.stream import BlockStream
 from secateur.plugins import make_method
 
@@ -82,28 +82,19 @@ class _Walk(BlockStream):
     def walk(self, visit: Visit) -> None:
         lane = self._lane(probe_inputs(self.model, tokens=12), observed=False)
         left = {signature(block, self.model) for block in self.structure.blocks}
-        try:
-            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
-                declare_dtype(self.model, torch.float32)
-                self._load_buffers()
-                buffers_to(self.model, self.device)
-                self._advance(lane)
+        with self._started([lane]):
+            while left and isinstance(lane.event, AtBlock):
+                block = self.structure.blocks[lane.event.index]
+                names = [name for name in block.tensors if self.binding.bound(name)]
+                tensors = self.binding.load(names, self.source)
+                self._install(block, tensors, torch.float32, frozen=True)
+                kind = signature(block, self.model)
+                if kind in left:
+                    left.discard(kind)
+                    assert lane.call is not None
+                    visit(block, self.model.get_submodule(block.name), lane.call, tensors)
+                if left:
+                    self._advance(lane)
+                for name in names:
+                    drop_tensor(self.model, name)
                 self._release_outside()
-                while left and isinstance(lane.event, AtBlock):
-                    block = self.structure.blocks[lane.event.index]
-                    names = [name for name in block.tensors if self.binding.bound(name)]
-                    tensors = self.binding.load(names, self.source)
-                    self._install(block, tensors, torch.float32, frozen=True)
-                    kind = signature(block, self.model)
-                    if kind in left:
-                        left.discard(kind)
-                        assert lane.call is not None
-                        visit(block, self.model.get_submodule(block.name), lane.call, tensors)
-                    if left:
-                        self._advance(lane)
-                    for name in names:
-                        drop_tensor(self.model, name)
-                    self._release_outside()
-        finally:
-            lane.stop()
-            self._release_outside()
