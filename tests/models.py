@@ -135,9 +135,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 _MIXTURE = {**_LLAMA_LIKE, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _LATENT = {
-    **_MIXTURE, "n_routed_experts": 8, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 8,
-    "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 2, "topk_group": 1,
-    "num_hidden_layers": 3, "num_key_value_heads": 4,
+    **_MIXTURE, "num_hidden_layers": 3, "num_key_value_heads": 4, "head_dim": 4, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 8,
+    "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
 }  # fmt: skip
 MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Eight experts each, two of them for a token, but for Llama 4 and Switch, which take one.

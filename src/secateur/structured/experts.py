@@ -28,6 +28,8 @@ from secateur.structured.pools import Found, Pool, find_experts
 from secateur.structured.proof import TOLERANCE
 from secateur.structured.routing import NEVER, WithoutExperts, difference_of_sum, read_call, watched
 
+TOKENS = 64
+"""Tokens of the proof: enough for every expert of a part to be chosen."""
 NEAR = 32
 """How many numbers of experts are tried, in each direction, to name the nearest legal ones."""
 
@@ -89,7 +91,7 @@ def plan_experts(
             f"and 1 to {found.experts - 1} can stay; choose another --sparsity",
         )
     search = _Search(config, model, found, wanted)
-    visit_blocks(model, structure, binding, reader, search.visit)
+    visit_blocks(model, structure, binding, reader, search.visit, TOKENS)
     if search.chosen is None:
         raise UnsupportedModelError(
             f"no forward of {type(model).__name__} comes to its experts", hint="choose another --structure"
@@ -133,6 +135,7 @@ class _Search:
         if pool is None:
             return
         understand(block, self._model, pool, call)
+        tensors = _with_mild_biases(pool, tensors)
         if self.chosen is not None:
             self.differences[block.name] = self._prove(block, pool, call, tensors, *self.chosen)
             return
@@ -197,12 +200,18 @@ class _Search:
                 f"{type(self._config).__name__} refuses {count} experts: {_first_line(error)}",
                 hint="choose another --sparsity",
             ) from error
-        return prove_experts(block, self._model, small, pool, call, tensors, last_of_each(pool.experts, count, parts))
+        return max(
+            prove_experts(block, self._model, small, pool, call, tensors, kept)
+            for kept in some_of_each(pool.experts, count, parts)
+        )
 
 
-def last_of_each(total: int, count: int, parts: int) -> Tensor:
-    """``count`` of ``total`` numbers, the last of each part: renumbered, and as uneven inside the parts as can be."""
-    return torch.arange(total).reshape(parts, -1)[:, -(count // parts) :].reshape(-1)
+def some_of_each(total: int, count: int, parts: int) -> Iterator[Tensor]:
+    """``count`` of ``total`` numbers, as many of each part: the last ones, which is as uneven as can be, and any."""
+    numbers, each = torch.arange(total).reshape(parts, -1), count // parts
+    yield numbers[:, -each:].reshape(-1)
+    random = torch.rand(numbers.shape, generator=torch.Generator().manual_seed(0)).argsort(dim=1)[:, :each]
+    yield numbers.gather(1, random.sort(dim=1).values).reshape(-1)
 
 
 def understand(block: Block, model: nn.Module, pool: Pool, call: Call) -> None:
@@ -258,12 +267,12 @@ def prove_experts(
     gone[kept] = False
     numbers = gone.nonzero().squeeze(1)
     masked = {name: tensors[name] for name in pool.routers if name in tensors}
-    for name, tensor in masked.items():
-        if tensor.ndim == 1 and tensor.is_floating_point():  # added to logits or scores
-            masked[name] = tensor.clone().index_fill_(0, numbers, NEVER)
+    for cut in pool.cuts:
+        if cut.name in masked and _is_bias(masked[cut.name]):
+            masked[cut.name] = masked[cut.name].index_fill(cut.dim, numbers, NEVER)
     for name, tensor in {**tensors, **masked}.items():
         set_tensor(whole, name, tensor)
-    routers = [tensor for tensor in masked.values() if tensor.ndim == 2]
+    routers = [tensor for tensor in masked.values() if not _is_bias(tensor)]
     made = dict(tensors)
     pool.cut(made, kept)
     for name, tensor in made.items():
@@ -291,6 +300,17 @@ def prove_experts(
             hint="the experts hang together there; choose another --structure",
         )
     return difference
+
+
+def _is_bias(tensor: Tensor) -> bool:
+    """Whether it is one number for each expert, added to logits or scores."""
+    return tensor.is_floating_point() and tensor.numel() == max(tensor.shape)
+
+
+def _with_mild_biases(pool: Pool, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with nearly equal biases of the router: what is random in them must not decide alone."""
+    mild = {name: tensors[name] for name in pool.routers if name in tensors and _is_bias(tensors[name])}
+    return {**tensors, **{name: tensor.mean() + 0.1 * (tensor - tensor.mean()) for name, tensor in mild.items()}}
 
 
 def _keys_kept(binding: Binding, found: Found, stay: int, reader: CheckpointReader) -> list[str]:

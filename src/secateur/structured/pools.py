@@ -107,8 +107,8 @@ def find_experts(
                 if pools:
                     return Found(count, pools, entries)
     raise UnsupportedModelError(
-        f"the config of {type(model).__name__} has no entry for the number of its experts ({counts[0]}) that changes "
-        "nothing else",
+        f"the {counts[0]} experts of {type(model).__name__} are not one module in each block, or its config has no "
+        "entry that makes them fewer and changes nothing else",
         hint="choose another --structure; without one, single weights are pruned",
     )
 
@@ -118,7 +118,8 @@ def _counts(block: Block, model: nn.Module) -> Iterator[int]:
     yield from (matrix.experts for matrix in block.matrices if matrix.experts > 1)
     for module in model.get_submodule(block.name).modules():
         children = list(module.children()) if isinstance(module, nn.ModuleList | nn.ModuleDict) else []
-        if len(children) > 1 and len({type(child) for child in children}) == 1 and any(children[0].parameters()):
+        alike = len({type(child) for child in children}) == 1
+        if len(children) > 1 and alike and next(children[0].parameters(), None) is not None:
             yield len(children)
 
 

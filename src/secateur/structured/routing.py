@@ -31,10 +31,10 @@ class Call:
     kwargs: dict[str, Any]
     states: int | str
     """Place of the tokens among the arguments."""
-    chosen: int | str | None = None
+    chosen: int | str
     """Place of the experts of each token: numbers (tokens, k), or one-hot (tokens, k, experts)."""
-    weights: int | str | None = None
-    """Place of their weights, (tokens, k). Without both, the tokens stand there once for every expert, scaled."""
+    weights: int | str
+    """Place of their weights, (tokens, k)."""
 
     def __getitem__(self, place: int | str) -> Tensor:
         tensor: Tensor = self.args[place] if isinstance(place, int) else self.kwargs[place]
@@ -48,11 +48,7 @@ class Call:
 
     def contributions(self, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Expert, numbers of its tokens (n,), and what it adds to each, (n, features); only experts that have any."""
-        states = self[self.states]
-        if self.chosen is None or self.weights is None:
-            yield from self._by_rows(states, experts)
-            return
-        chosen, weights = self[self.chosen], self[self.weights]
+        states, chosen, weights = self[self.states], self[self.chosen], self[self.weights]
         rows = states.reshape(-1, states.shape[-1])
         numbers = chosen if chosen.ndim == 2 else chosen.argmax(-1).masked_fill(chosen.sum(-1) == 0, experts)
         for expert in numbers.unique().tolist():
@@ -65,25 +61,14 @@ class Call:
             })  # fmt: skip
             yield expert, token, made.reshape(len(token), -1)
 
-    def _by_rows(self, states: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        made = self.rerun({})
-        made, given = made.reshape(experts, -1, made.shape[-1]), states.reshape(experts, -1, states.shape[-1])
-        for expert in range(experts):
-            token = (given[expert] != 0).any(dim=-1).nonzero().squeeze(1)
-            if len(token):
-                yield expert, token, made[expert, token]
-
 
 def read_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], experts: int) -> Call | None:
     """Find tokens, experts and weights among the arguments of a call; None when they are not there."""
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    given: dict[int | str, Any] = dict(enumerate(args))
+    given.update(kwargs.items())
     tensors = {place: value for place, value in given.items() if isinstance(value, Tensor)}
     floats = {place: value for place, value in tensors.items() if value.is_floating_point()}
     whole = {place: value for place, value in tensors.items() if not value.is_floating_point()}
-    if len(tensors) == 1 and len(floats) == 1:
-        place, states = next(iter(floats.items()))
-        rows = states.numel() // states.shape[-1]
-        return Call(module, args, kwargs, place) if rows % experts == 0 else None
     for chosen, numbers in whole.items():
         if (numbers.ndim == 3 and numbers.shape[-1] != experts) or numbers.ndim not in (2, 3):
             continue
@@ -100,19 +85,10 @@ def read_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
 def difference_of_sum(call: Call, experts: int) -> float:
     """How far what all experts add is from what the whole call gives, as a share of the largest number in it."""
     whole = call.rerun({}).float()
-    if call.chosen is None:
-        whole = whole.reshape(experts, -1, whole.shape[-1])
-        made = torch.zeros_like(whole)
-        states = call[call.states]
-        for expert in range(experts):  # each alone: the rows of the others at zero
-            alone = torch.zeros_like(states).reshape(experts, -1, states.shape[-1])
-            alone[expert] = states.reshape(alone.shape)[expert]
-            made += call.rerun({call.states: alone.reshape(states.shape)}).reshape(made.shape)
-    else:
-        whole = whole.reshape(-1, whole.shape[-1])
-        made = torch.zeros_like(whole)
-        for _, token, added in call.contributions(experts):
-            made.index_add_(0, token, added.float())
+    whole = whole.reshape(-1, whole.shape[-1])
+    made = torch.zeros_like(whole)
+    for _, token, added in call.contributions(experts):
+        made.index_add_(0, token, added.float())
     return float((whole - made).abs().max() / whole.abs().max().clamp_min(1e-30))
 
 
