@@ -74,7 +74,7 @@ class ExpertStream(BlockStream):
 
     def _go_on(self, block: Block, lanes: Sequence[Lane], tensors: Mapping[str, Tensor]) -> None:
         if lanes:
-            self._install(block, tensors, self.compute_dtype)
+            self._install(block, tensors, self.compute_dtype, frozen=True)  # nothing changes them
         for lane in lanes:
             self._pass(lane)
 
@@ -83,7 +83,7 @@ class ExpertStream(BlockStream):
         use = Use(pool.experts)
         if not lanes:
             return use
-        self._install(block, tensors, self.compute_dtype)
+        self._install(block, tensors, self.compute_dtype, frozen=True)
         module, experts = (self.model.get_submodule(name) for name in (block.name, pool.module))
 
         def see(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -82,13 +82,14 @@ def plan_experts(
     """
     found = find_experts(config, model, structure)
     own = {name for pool in found.pools.values() for name in pool.names}
+    total = sum(matrix.size for matrix in structure.matrices)
     each = sum(matrix.size for matrix in structure.matrices if matrix.name in own) / found.experts
-    wanted = found.experts - sparsity * sum(matrix.size for matrix in structure.matrices) / each
+    wanted = found.experts - sparsity * total / each
     if not 0.5 <= wanted < found.experts - 0.5:
         raise SparsityError(
-            f"{wanted:,.1f} of {found.experts} experts cannot stay in each block",
-            hint=f"one expert of each block is {each / sum(m.size for m in structure.matrices):.1%} of the weights, "
-            f"and 1 to {found.experts - 1} can stay; choose another --sparsity",
+            f"{sparsity * total / each:,.1f} of {found.experts} experts cannot be removed from each block",
+            hint=f"one expert of each block is {each / total:.1%} of the weights, and 1 to {found.experts - 1} can "
+            "stay; choose another --sparsity",
         )
     search = _Search(config, model, found, wanted)
     visit_blocks(model, structure, binding, reader, search.visit, TOKENS)
