@@ -85,7 +85,7 @@ def plan_experts(
     total = sum(matrix.size for matrix in structure.matrices)
     each = sum(matrix.size for matrix in structure.matrices if matrix.name in own) / found.experts
     wanted = found.experts - sparsity * total / each
-    if not 0.5 <= wanted < found.experts - 0.5:
+    if not 0.5 < wanted < found.experts - 0.5:
         raise SparsityError(
             f"{sparsity * total / each:,.1f} of {found.experts} experts cannot be removed from each block",
             hint=f"one expert of each block is {each / total:.1%} of the weights, and 1 to {found.experts - 1} can "
