@@ -21,7 +21,7 @@ from secateur.errors import Interrupted, RecipeError, SparsityError, UnknownName
 from secateur.progress import Reporter
 from secateur.result import PruneResult
 from secateur.structured.routing import Use, difference_of_sum, read_call
-from tests.models import MIXTURES, calibration_for, save_tiny
+from tests.models import MIXTURES, calibration_for, save_tiny, tiny_model
 from tests.structured.test_prune_units import StopAt
 
 CANNOT = {"jetmoe": "are not one module in each block", "llama4": "depend on where a weight lies"}
@@ -330,6 +330,16 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(
     assert plan["shape_changes"] == result["shape_changes"]
     assert plan["units"] == {"experts": [8, result["shape_changes"]["num_local_experts"]]}
     assert plan["lines"] == [f"experts: 8 -> {plan['units']['experts'][1]} in each of 2 blocks"]
+
+
+def test_a_model_in_memory_does_not_become_smaller_in_place(tmp_path: Path) -> None:
+    model = tiny_model("mixtral_8")
+    with pytest.raises(UsageError, match="cannot become smaller in place"):
+        secateur.prune(model, structure="experts", method="magnitude", evaluate=False)
+    result = secateur.prune(
+        model, tmp_path / "out", structure="experts", method="magnitude", sparsity=0.3, evaluate=False, verify=False
+    )
+    assert len(_stock(tmp_path / "out").model.layers[0].mlp.experts.down_proj) == len(result.matrices[0].units) < 8
 
 
 @pytest.mark.parametrize(

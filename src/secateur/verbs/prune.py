@@ -87,6 +87,8 @@ def prune(
     with ExitStack() as stack:
         in_memory = model if isinstance(model, transformers.PreTrainedModel) else None
         in_place = out is None
+        if in_place and in_memory is not None and recipe.structure:
+            raise UsageError("a model in memory cannot become smaller in place", hint="give OUT, and load it")
         if in_memory is not None:
             if out is not None:
                 OutputFolder(out, overwrite=overwrite, resume=resume)
