@@ -152,6 +152,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "criteria": lambda: plugin_table("criteria"),
         "criterion details": lambda: plugin_details("criteria", "method for --structure"),
     },
+    "docs/experts.md": {
+        "criteria": lambda: plugin_table("expert_criteria"),
+        "criterion details": lambda: plugin_details("expert_criteria", "method for --structure experts"),
+    },
     "docs/training.md": {"schedule details": lambda: plugin_details("schedules", "schedule")},
     "docs/cli.md": {"commands": command_reference},
     "docs/results.md": {

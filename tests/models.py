@@ -133,10 +133,98 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 
+_MIXTURE = {**_LLAMA_LIKE, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_LATENT = {
+    **_MIXTURE, "num_hidden_layers": 3, "num_key_value_heads": 4, "head_dim": 4, "q_lora_rank": 8, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1, "n_routed_experts": 8,
+    "n_shared_experts": 1, "n_group": 2, "topk_group": 1,
+}  # fmt: skip
+MIXTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    # Eight experts each, two of them for a token, but for Llama 4 and Switch, which take one.
+    "mixtral_8": ("MixtralConfig", "MixtralForCausalLM", {**_MIXTURE, "num_local_experts": 8}),
+    "qwen3_moe_8": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**_MIXTURE, "num_experts": 8, "norm_topk_prob": True}),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {**_MIXTURE, "num_experts": 8, "shared_expert_intermediate_size": 24},
+    ),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {**_LLAMA_LIKE, "num_experts": 8, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            **_LLAMA_LIKE,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "ernie4_5_moe": (
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        {
+            **_LLAMA_LIKE,
+            "moe_num_experts": 8,
+            "moe_k": 2,
+            "moe_intermediate_size": 16,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 2,
+            "num_hidden_layers": 3,
+        },
+    ),
+    "granitemoe": (
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {**_LLAMA_LIKE, "num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", _LATENT),
+    "phimoe": (
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        {**_LLAMA_LIKE, "num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            **_LLAMA_LIKE,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
+    "switch": (
+        "SwitchTransformersConfig",
+        "SwitchTransformersForConditionalGeneration",
+        {
+            **_TEXT,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_decoder_layers": 2,
+            "num_sparse_encoder_layers": 1,
+            "num_sparse_decoder_layers": 1,
+            "num_heads": 4,
+            "num_experts": 8,
+            "decoder_start_token_id": 0,
+        },
+    ),
+    "jetmoe": (
+        "JetMoeConfig",
+        "JetMoeForCausalLM",
+        {**_LLAMA_LIKE, "num_local_experts": 8, "num_experts_per_tok": 2, "kv_channels": 8},
+    ),
+}
+"""Mixtures of experts, built as `FAMILIES` are."""
+
 
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """A random model of a family, in eval mode. Weights have a spread that keeps the outputs away from ties."""
-    config_name, model_name, values = FAMILIES[family]
+    config_name, model_name, values = {**FAMILIES, **MIXTURES}[family]
     config = getattr(transformers, config_name)(**{**values, **changes})
     torch.manual_seed(seed)
     model = getattr(transformers, model_name)._from_config(config)

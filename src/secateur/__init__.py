@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from secateur.criteria.obs import Obs
+    from secateur.expert_criteria.reap import Reap
     from secateur.methods.magnitude import Magnitude
     from secateur.methods.random import Random
     from secateur.methods.sparsegpt import SparseGPT
@@ -31,6 +32,7 @@ _HOMES = {
     "Obs": "secateur.criteria.obs",
     "Override": "secateur.recipe",
     "Random": "secateur.methods.random",
+    "Reap": "secateur.expert_criteria.reap",
     "Recipe": "secateur.recipe",
     "SparseGPT": "secateur.methods.sparsegpt",
     "SparsityCallback": "secateur.recovery.callback",
@@ -49,6 +51,7 @@ __all__ = [
     "Obs",
     "Override",
     "Random",
+    "Reap",
     "Recipe",
     "SparseGPT",
     "SparsityCallback",

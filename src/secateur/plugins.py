@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -107,6 +107,71 @@ def make_criterion(name: str, options: Mapping[str, Any] | None = None) -> Crite
     cls = load_class("criteria", name, "method for --structure")
     criterion: Criterion = build(cls, options or {}, f"method {name}")
     return criterion
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of one block, of which a criterion scores each. All are (experts,), float64."""
+
+    tokens: torch.Tensor
+    """Calibration tokens that were routed to each; 0 where none came."""
+    outputs: torch.Tensor
+    """Sum over these tokens of router weight times the norm of the expert's output."""
+    squares: torch.Tensor
+    """Sum of squares of the weights of each."""
+
+
+@runtime_checkable
+class ExpertCriterion(Protocol):
+    """The whole contract of a criterion for experts. ``data`` says whether it looks at calibration tokens at all."""
+
+    data: bool
+
+    def score(self, experts: Experts) -> torch.Tensor:
+        """One number for each expert, (experts,): the lowest go, of equal ones the lower number first."""
+
+
+def make_expert_criterion(name: str, options: Mapping[str, Any] | None = None) -> ExpertCriterion:
+    """Build a criterion for experts from its name and plain options.
+
+    Raises:
+        UnknownNameError: for an unknown criterion or option.
+        UsageError: for an option with a value it refuses.
+    """
+    cls = load_class("expert_criteria", name, "method for --structure experts")
+    criterion: ExpertCriterion = build(cls, options or {}, f"method {name}")
+    return criterion
+
+
+Chooser = Method | Criterion | ExpertCriterion
+"""What says which weights or units go."""
+
+
+def make_chooser(name: str, structure: Sequence[str], options: Mapping[str, Any] | None = None) -> Chooser:
+    """Build what chooses for these structures; without any, a method of single weights.
+
+    Raises:
+        UnknownNameError: for an unknown name or option.
+        UsageError: for an option with a value it refuses.
+    """
+    if not structure:
+        return make_method(name, options)
+    return make_expert_criterion(name, options) if "experts" in structure else make_criterion(name, options)
+
+
+def check_chooser(chooser: Chooser, structure: Sequence[str]) -> None:
+    """Refuse what chooses something else than these structures.
+
+    Raises:
+        UsageError: saying what it is for.
+    """
+    name = getattr(chooser, "name", type(chooser).__name__)
+    hint = "`secateur methods` lists them by what they are for"
+    if not structure and not hasattr(chooser, "solve"):
+        needed = "--structure experts" if hasattr(chooser, "score") else "--structure"
+        raise UsageError(f"method {name} needs {needed}", hint=hint)
+    if structure and not hasattr(chooser, "score" if "experts" in structure else "choose"):
+        raise UsageError(f"method {name} has no meaning with --structure {','.join(structure)}", hint=hint)
 
 
 def sees_dense_block(method: Method, pattern: Pattern) -> bool:

@@ -15,7 +15,7 @@ from secateur.patterns import Pattern, check_sparsity, parse_pattern
 DEFAULT_SPARSITY = 0.5
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 2048
-STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
+STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "experts")
 """What --structure can remove."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 
@@ -36,7 +36,7 @@ class Recipe:
     """What to prune and how. A field left at None takes its default when the model is known."""
 
     method: str = "auto"
-    """Pruning method; `secateur methods` lists them. auto is sparsegpt, and obs with --structure."""
+    """Pruning method; `secateur methods` lists them. auto is sparsegpt; with --structure obs, for experts reap."""
     method_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method, as KEY=VALUE; `secateur methods NAME` lists them."""
     sparsity: float | None = None
@@ -44,7 +44,7 @@ class Recipe:
     pattern: str = "unstructured"
     """unstructured, or N:M to keep N of every M consecutive inputs."""
     structure: tuple[str, ...] = ()
-    """Remove whole units instead of single weights: depth, ffn, kv-groups, heads; several divided by commas."""
+    """Remove whole units, not single weights: depth, ffn, kv-groups, heads, experts; several divided by commas."""
     depth_by: str = "auto"
     """How --structure depth chooses blocks: greedy, influence or angular; auto is greedy where that is affordable."""
     round_to: int = 32
@@ -78,7 +78,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method == "auto":
-            object.__setattr__(self, "method", "obs" if self.structure else "sparsegpt")
+            units = "reap" if "experts" in self.structure else "obs"
+            object.__setattr__(self, "method", units if self.structure else "sparsegpt")
         pattern = parse_pattern(self.pattern)
         self._check_structure()
         if self.sparsity is not None:
@@ -100,6 +101,12 @@ class Recipe:
                 raise UnknownNameError("structure", name, STRUCTURES)
         if len(set(self.structure)) < len(self.structure):
             raise RecipeError(f"structure {', '.join(self.structure)} names one twice")
+        beside = [name for name in self.structure if name not in ("experts", "depth")]
+        if "experts" in self.structure and beside:
+            raise RecipeError(
+                f"experts and {', '.join(beside)} cannot go in one run: their methods are of two kinds",
+                hint="remove experts first, then prune the result once more",
+            )
         if self.depth_by not in DEPTH_WAYS:
             raise UnknownNameError("way to choose blocks", self.depth_by, DEPTH_WAYS)
         own = {"round_to": self.round_to != 32, "update": not self.update, "depth_by": self.depth_by != "auto"}

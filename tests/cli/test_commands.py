@@ -104,7 +104,8 @@ def test_generate_prints_the_text_as_it_is(run, verb):
 
 
 def test_methods_lists_every_plugin_with_its_line(run):
-    found = {kind: available(kind) for kind in ("methods", "criteria", "allocation", "schedules", "formats")}
+    kinds = ("methods", "criteria", "expert_criteria", "allocation", "schedules", "formats")
+    found = {kind: available(kind) for kind in kinds}
     assert len(found["methods"]) >= 4
     out = run("methods").out
     for lines in found.values():
@@ -113,7 +114,9 @@ def test_methods_lists_every_plugin_with_its_line(run):
     assert json.loads(run("methods", "--json").out) == found
 
 
-@pytest.mark.parametrize(("kind", "name"), [(k, name) for k in ("methods", "criteria") for name in available(k)])
+@pytest.mark.parametrize(
+    ("kind", "name"), [(k, name) for k in ("methods", "criteria", "expert_criteria") for name in available(k)]
+)
 def test_methods_tells_the_options_of_one(run, kind, name):
     described = describe(kind, name, "method")
     result = run("methods", name)

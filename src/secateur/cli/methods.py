@@ -15,6 +15,7 @@ from secateur.plugins import available, describe
 KINDS = {
     "methods": "method",
     "criteria": "method for --structure",
+    "expert_criteria": "method for --structure experts",
     "allocation": "allocation",
     "schedules": "schedule",
     "formats": "format",
@@ -30,7 +31,7 @@ def methods(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the pruning methods (of weights, of units), allocation rules, training schedules and export formats."""
+    """List the methods (for weights, units, experts), allocation rules, training schedules and export formats."""
     found = {kind: available(kind) for kind in KINDS}
     if name is None:
         if json:

@@ -78,6 +78,8 @@ class BlockStream:
         self._outside: dict[str, None] = {}
         self._outside_dtype = self.compute_dtype
         self._written: set[str] = set()
+        self.result_binding = self.binding
+        """Keys of the result and the tensors they make; another one where the result is another model."""
 
     def run(self, batches: Sequence[Inputs], probe: Inputs | None = None) -> StreamResult:
         """Prune all blocks, in the order in which the forward runs through them.
@@ -162,11 +164,11 @@ class BlockStream:
         try:
             if finished is None:
                 matrices = self._prune_block(block, lanes, final)
-                self._write(names, self._changed(block, matrices), self._as_written(block, final))
+                self._write(self._changed(block, matrices), self._as_written(block, final))
                 self.sink.finish(block.index, matrices)
             else:
                 matrices = finished
-                self._written.update(self.binding.keys_of(names))
+                self._written.update(self.result_binding.keys_of(names))
                 if lanes:
                     self._install(block, final, self.compute_dtype)
                 for lane in lanes:
@@ -177,11 +179,15 @@ class BlockStream:
                 self._install(block, final, torch.float32, frozen=True)
                 self._advance_probe(prober)
         finally:
-            for name in names:
-                drop_tensor(self.model, name)
+            self._drop(block, names)
         trim_memory()
         self.reporter.advance(block.name)
         return matrices
+
+    def _drop(self, block: Block, names: Sequence[str]) -> None:
+        """Free the tensors of a block in the running model."""
+        for name in names:
+            drop_tensor(self.model, name)
 
     def _prune_block(self, block: Block, lanes: list[Lane], final: dict[str, torch.Tensor]) -> list[PrunedMatrix]:
         """Solve every targeted matrix of a block. ``final`` holds the source's tensors, afterwards what is written."""
@@ -240,17 +246,17 @@ class BlockStream:
 
     def output_dtype(self, name: str) -> torch.dtype:
         """Number format in which a tensor of the model is written."""
-        return self.sink.dtype(self.binding.unit_of(name).keys[0])
+        return self.sink.dtype(self.result_binding.unit_of(name).keys[0])
 
-    def _write(self, names: Sequence[str], pruned: set[str], final: dict[str, torch.Tensor]) -> None:
-        units: dict[int, Unit] = {id(unit): unit for unit in map(self.binding.unit_of, names)}
+    def _write(self, pruned: set[str], final: dict[str, torch.Tensor]) -> None:
+        units: dict[int, Unit] = {id(unit): unit for unit in map(self.result_binding.unit_of, final)}
         for unit in units.values():
             fresh = [key for key in unit.keys if key not in self._written]
             if not pruned.intersection(unit.names):
                 for key in fresh:
                     self.sink.copy(key)
             else:
-                for key, tensor in self.binding.unload(unit, {name: final[name] for name in unit.names}).items():
+                for key, tensor in self.result_binding.unload(unit, {name: final[name] for name in unit.names}).items():
                     self.sink.write(key, tensor.to(self.sink.dtype(key)))
             self._written.update(unit.keys)
 

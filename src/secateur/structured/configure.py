@@ -117,6 +117,27 @@ def apply_changes(data: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any
     return made
 
 
+def as_spelled(
+    changes: Mapping[tuple[str, ...], Any], config: transformers.PreTrainedConfig, data: Mapping[str, Any]
+) -> dict[tuple[str, ...], Any]:
+    """Changes under the names that a config file uses: a class may know an entry by several (``attribute_map``).
+
+    Args:
+        config: as the class read it.
+        data: the plain data of the file.
+    """
+    made: dict[tuple[str, ...], Any] = {}
+    for path, value in changes.items():
+        part: Any = config
+        place: Any = data
+        for key in path[:-1]:
+            part, place = getattr(part, key, None), place.get(key, {}) if isinstance(place, Mapping) else {}
+        names = [alias for alias, real in dict(getattr(part, "attribute_map", {})).items() if real == path[-1]]
+        used = [name for name in (path[-1], *names) if name in place] or [path[-1]]
+        made |= {(*path[:-1], name): value for name in used}
+    return made
+
+
 def _search(config: Any, coupling: Coupling, count: int, wanted: Shapes) -> Shrunk | None:
     part, path = _part_of(config)
     for entries in _candidates(part, coupling, count):

@@ -63,8 +63,9 @@ def signature(block: Block, model: nn.Module) -> tuple[Any, ...]:
 
 
 def visit_blocks(
-    model: transformers.PreTrainedModel, structure: Structure, binding: Binding, reader: CheckpointReader, visit: Visit
-) -> None:
+    model: transformers.PreTrainedModel, structure: Structure, binding: Binding, reader: CheckpointReader, visit: Visit,
+    tokens: int = 12,
+) -> None:  # fmt: skip
     """Call ``visit`` at the first block of every kind, in the middle of a forward over a short fixed input.
 
     Raises:
@@ -75,12 +76,12 @@ def visit_blocks(
         model, structure, binding, source, NoSink(source), make_method("magnitude"), Plan(),
         ActivationStore(None, Path(tempfile.gettempdir())),
     )  # fmt: skip
-    stream.walk(visit)
+    stream.walk(visit, tokens)
 
 
 class _Walk(BlockStream):
-    def walk(self, visit: Visit) -> None:
-        lane = self._lane(probe_inputs(self.model, tokens=12), observed=False)
+    def walk(self, visit: Visit, tokens: int) -> None:
+        lane = self._lane(probe_inputs(self.model, tokens=tokens), observed=False)
         left = {signature(block, self.model) for block in self.structure.blocks}
         with self._started([lane]):
             while left and isinstance(lane.event, AtBlock):

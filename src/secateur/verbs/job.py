@@ -20,6 +20,7 @@ from secateur.checkpoint.folder import copy_side_files
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
+from secateur.checkpoint.view import CheckpointView
 from secateur.checkpoint.writer import CheckpointWriter, Layout, layout_like
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
@@ -30,12 +31,22 @@ from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink, tensor_digest
 from secateur.engine.skeleton import build_skeleton
 from secateur.engine.stream import BlockStream
-from secateur.errors import CheckpointError, UsageError, WeightValueError
-from secateur.plugins import Criterion, Method, make_criterion, make_method, sees_dense_block
+from secateur.errors import CheckpointError, WeightValueError
+from secateur.plugins import (
+    Chooser,
+    Criterion,
+    ExpertCriterion,
+    Method,
+    check_chooser,
+    make_chooser,
+    make_method,
+    sees_dense_block,
+)
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PrunedMatrix
-from secateur.structured.configure import apply_changes, cut_shapes, shapes_of
+from secateur.structured.configure import apply_changes, as_spelled, cut_shapes, shapes_of
+from secateur.structured.expert_stream import ExpertStream
 from secateur.structured.stream import UnitStream
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.provenance import versions
@@ -49,7 +60,7 @@ class Job:
 
     source: Source
     recipe: Recipe
-    method: Method | Criterion
+    method: Chooser
     model: transformers.PreTrainedModel
     structure: Structure
     reader: CheckpointReader
@@ -68,11 +79,23 @@ class Job:
     @property
     def layout(self) -> Layout:
         """Shards, names and shapes of the result."""
-        return layout_like(self.reader, self.dtype, self.new_shapes)
+        return layout_like(self.result_reader, self.dtype, self.new_shapes)
+
+    @property
+    def result_reader(self) -> CheckpointReader:
+        """The source under the keys of the result."""
+        return self.shape.experts.reader if self.shape.experts else self.reader
+
+    @property
+    def result_binding(self) -> Binding:
+        """Keys of the result and the tensors they make."""
+        return self.shape.experts.binding if self.shape.experts else self.binding
 
     @property
     def new_shapes(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint key -> shape, of every tensor that is cut."""
+        if self.shape.experts is not None:
+            return self.shape.experts.shapes
         width = self.shape.width
         if width is None:
             return {}
@@ -84,7 +107,7 @@ class Job:
     def prunable(self) -> tuple[dict[str, int], dict[str, int]]:
         """Checkpoint key -> number of weights, for every tensor that may be pruned; before and after."""
         names = [matrix.name for matrix in self.structure.matrices]
-        after = {key: self.reader.info(key).numel for key in self.binding.keys_of(names)}
+        after = {key: self.result_reader.info(key).numel for key in self.result_binding.keys_of(names)}
         return self.prunable_before, after | {k: math.prod(v) for k, v in self.new_shapes.items() if k in after}
 
     @property
@@ -108,8 +131,8 @@ class Written:
 
 
 def merge(
-    recipe: Recipe | None, method: str | Method | Criterion | None, settings: dict[str, Any]
-) -> tuple[Method | Criterion | None, Recipe]:
+    recipe: Recipe | None, method: str | Chooser | None, settings: dict[str, Any]
+) -> tuple[Chooser | None, Recipe]:
     """Lay keyword arguments over a recipe; a method object stands beside it, with its options noted in it."""
     values = recipe.to_dict() if recipe is not None else {}
     values.update(settings)
@@ -123,7 +146,7 @@ def merge(
     return chosen, Recipe.from_dict(values, where="prune")
 
 
-def options_of(method: Method | Criterion) -> dict[str, Any]:
+def options_of(method: Chooser) -> dict[str, Any]:
     """The options of a method by name, as its dataclass has them."""
     options: Any = method
     fields = dataclasses.fields(options) if dataclasses.is_dataclass(options) else ()
@@ -131,16 +154,13 @@ def options_of(method: Method | Criterion) -> dict[str, Any]:
 
 
 def prepare(
-    source: Source, recipe: Recipe, method: Method | Criterion | None, data: Data | None, reporter: Recorder,
+    source: Source, recipe: Recipe, method: Chooser | None, data: Data | None, reporter: Recorder,
     stack: ExitStack,
 ) -> Job:  # fmt: skip
     """Open and check everything. Nothing is written here."""
     if method is None:
-        make = make_criterion if recipe.structure else make_method
-        method = make(recipe.method, recipe.method_options)
-    if hasattr(method, "choose") != bool(recipe.structure):
-        needs = "needs" if hasattr(method, "choose") else "has no meaning with"
-        raise UsageError(f"method {recipe.method} {needs} --structure", hint="`secateur methods` lists both kinds")
+        method = make_chooser(recipe.method, recipe.structure, recipe.method_options)
+    check_chooser(method, recipe.structure)
     device = resolve_device(recipe.device)
     asked = recipe.compute_dtype
     if asked == "auto" and isinstance(method, Method) and sees_dense_block(method, recipe.parsed_pattern):
@@ -192,9 +212,11 @@ def prepare(
     )  # fmt: skip
 
 
-def _needs_data(method: Method | Criterion, recipe: Recipe) -> bool:
+def _needs_data(method: Chooser, recipe: Recipe) -> bool:
     if isinstance(method, Method):
         return method.statistics != "none"
+    if isinstance(method, ExpertCriterion):
+        return method.data
     return (method.data or recipe.update) and set(recipe.structure) != {"depth"}
 
 
@@ -210,11 +232,11 @@ def _check_fits(reader: CheckpointReader, dtype: torch.dtype) -> None:
 
 def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
     """Prune block by block into the partial folder, and put everything beside the weights that a model needs."""
-    keys_of = {block.index: job.binding.keys_of(block.tensors) for block in job.structure.blocks}
+    keys_of = {block.index: job.result_binding.keys_of(block.tensors) for block in job.structure.blocks}
     ledger = Ledger.begin(partial / LEDGER, _fingerprint(job), resume=resume)
     limit = activation_limit(job.recipe.activation_memory)
     with CheckpointWriter(partial, job.layout, resume=resume) as writer:
-        sink = CheckpointSink(job.reader, writer, ledger, keys_of)
+        sink = CheckpointSink(job.result_reader, writer, ledger, keys_of)
         if sink.blocks_done:
             reporter.note(f"resuming: {sink.blocks_done} of {len(keys_of)} blocks are done")
         stream = _stream(job, sink, ActivationStore(limit, partial), reporter)
@@ -225,7 +247,8 @@ def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
     tell_notes(result.matrices, reporter)
     copy_side_files(job.source.folder, partial)
     _write_config(job, partial)
-    origin = job.shape.depth.origin if job.shape.depth else None
+    whole = job.result_reader
+    origin = whole.origin if isinstance(whole, CheckpointView) else None
     return Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe, job.source.folder, origin))
 
 
@@ -235,11 +258,18 @@ def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Re
             job.model, job.structure, job.binding, job.reader, sink, job.method, job.plan, store, job.device,
             job.compute, job.recipe.seed, reporter,
         )  # fmt: skip
+    if job.shape.experts is not None:
+        assert isinstance(job.method, ExpertCriterion)
+        return ExpertStream(
+            job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store,
+            job.device, job.compute, job.recipe.seed, reporter, experts=job.shape.experts, criterion=job.method,
+        )  # fmt: skip
     width = job.shape.width
     jobs = width.jobs if width is not None else {}
+    criterion = job.method if isinstance(job.method, Criterion) else None  # at sparsity 0 nothing is chosen
     return UnitStream(
         job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store, job.device,
-        job.compute, job.recipe.seed, reporter, jobs=jobs, criterion=job.method,
+        job.compute, job.recipe.seed, reporter, jobs=jobs, criterion=criterion,
         update=job.recipe.update,
     )  # fmt: skip
 
@@ -277,7 +307,7 @@ def _write_config(job: Job, partial: Path) -> None:
         if job.dtype is not None:
             config.pop("torch_dtype", None)
             config["dtype"] = str(job.dtype).removeprefix("torch.")
-        config = apply_changes(config, job.shape.changes)
+        config = apply_changes(config, as_spelled(job.shape.changes, job.model.config, config))
         text = json.dumps(config, indent=2) + "\n"
     (partial / "config.json").write_text(text, encoding="utf-8")
 

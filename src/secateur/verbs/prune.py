@@ -22,7 +22,7 @@ from secateur.errors import (
     UsageError,
     VerificationError,
 )
-from secateur.plugins import Criterion, Method
+from secateur.plugins import Chooser
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
@@ -42,7 +42,7 @@ def prune(
     out: str | Path | None = None,
     *,
     recipe: Recipe | None = None,
-    method: str | Method | Criterion | None = None,
+    method: str | Chooser | None = None,
     calibration: str | Path | Data | None = None,
     tokenizer: Any = None,
     resume: bool = False,
@@ -87,6 +87,8 @@ def prune(
     with ExitStack() as stack:
         in_memory = model if isinstance(model, transformers.PreTrainedModel) else None
         in_place = out is None
+        if in_place and in_memory is not None and recipe.structure:
+            raise UsageError("a model in memory cannot become smaller in place", hint="give OUT, and load it")
         if in_memory is not None:
             if out is not None:
                 OutputFolder(out, overwrite=overwrite, resume=resume)
@@ -173,14 +175,13 @@ def plan(model: str | Path, *, recipe: Recipe, reporter: Reporter | None = None)
     with ExitStack() as stack:
         job = prepare(open_source(model, reporter=recorder), recipe, None, None, recorder, stack)
         before, after = (sum(side.values()) for side in job.prunable)
-        width = job.shape.width
         return PlanResult(
             lines=job.shape.lines,
             removed=1 - after / before,
             weights_before=before,
             weights_after=after,
             blocks_kept=job.shape.depth.kept if job.shape.depth else None,
-            units={kind: list(counts) for kind, counts in width.units.items()} if width else {},
+            units=job.shape.units,
             shape_changes=job.shape_changes,
         )
 

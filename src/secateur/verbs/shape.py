@@ -30,6 +30,7 @@ from secateur.recipe import Recipe
 from secateur.structured import block_choice
 from secateur.structured.configure import changed
 from secateur.structured.depth import DepthPlan, block_count, without_blocks
+from secateur.structured.experts import ExpertPlan, plan_experts
 from secateur.structured.plan import WidthPlan, plan_widths
 from secateur.verbs.calibration import Calibration
 
@@ -49,18 +50,27 @@ class Shape:
     """What goes, and the config entries that say so."""
 
     depth: DepthPlan | None = None
+    experts: ExpertPlan | None = None
     width: WidthPlan | None = None
 
     @property
     def changes(self) -> dict[tuple[str, ...], Any]:
         """Config key path -> new value."""
         made: dict[tuple[str, ...], Any] = dict(self.depth.changes) if self.depth else {}
+        made |= self.experts.shrunk.changes if self.experts else {}
         return made | (self.width.shrunk.changes if self.width else {})
 
     @property
     def lines(self) -> list[str]:
         """The plan in words."""
-        return ([self.depth.line()] if self.depth else []) + (self.width.lines() if self.width else [])
+        parts = [part.line() for part in (self.depth, self.experts) if part]
+        return parts + (self.width.lines() if self.width else [])
+
+    @property
+    def units(self) -> dict[str, list[int]]:
+        """By structure: units of a block before and after."""
+        made = {"experts": [self.experts.experts, self.experts.stay]} if self.experts else {}
+        return made | ({kind: list(counts) for kind, counts in self.width.units.items()} if self.width else {})
 
 
 def plan_shape(
@@ -78,7 +88,7 @@ def plan_shape(
         SparsityError: when the request comes to nothing, or leaves nothing.
     """
     config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    kinds = [name for name in recipe.structure if name != "depth"]
+    kinds = [name for name in recipe.structure if name not in ("depth", "experts")]
     sparsity, every = recipe.effective_sparsity, len(recipe.structure)
     total = sum(matrix.size for matrix in model.structure.matrices)
     shape = Shape()
@@ -92,6 +102,12 @@ def plan_shape(
         model.reader = stack.enter_context(CheckpointView(source.folder, shape.depth.origin))
         model.binding = Binding(model.skeleton, model.reader.keys)
         rehearse(model.skeleton, model.structure, model.binding, model.reader)
+    if "experts" in recipe.structure and sparsity:
+        left = sum(matrix.size for matrix in model.structure.matrices)
+        shape.experts = plan_experts(
+            config, model.skeleton, model.structure, model.binding, model.reader, sparsity / every * total / left
+        )
+        stack.enter_context(shape.experts.reader)
     if kinds and sparsity:
         left = sum(matrix.size for matrix in model.structure.matrices)
         shape.width = plan_widths(

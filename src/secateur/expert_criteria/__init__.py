@@ -1,0 +1,1 @@
+"""Which experts of a mixture go: one file for each criterion."""
