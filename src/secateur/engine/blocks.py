@@ -59,6 +59,16 @@ class Block:
     name: str
     matrices: list[MatrixSpec] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
+    reached: bool = False
+    """Whether a forward has run through it."""
+    returns: list[int | str | None] | None = None
+    """Of a block that returns a tuple: for each entry behind the states, the argument that it hands on, by position or
+    name, or None for what it makes itself. None while the block has not run, or when it returns the states alone."""
+
+    @property
+    def row(self) -> str:
+        """Path of the list that holds the block: a model may have several rows, an encoder and a decoder."""
+        return self.name.rpartition(".")[0]
 
 
 @dataclass

@@ -212,9 +212,15 @@ def probe_inputs(model: transformers.PreTrainedModel, tokens: int = 32) -> dict[
     """A short, fixed input that suits the model: token ids spread over the vocabulary, or a fixed image."""
     config = model.config
     if model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", 224)
+        # The config of a vision model may hold that of its tower.
+        parts = [
+            config,
+            *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)),
+        ]
+        size = next((part.image_size for part in parts if getattr(part, "image_size", None)), 224)
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (1, getattr(config, "num_channels", 3), height, width)
+        channels = next((part.num_channels for part in parts if getattr(part, "num_channels", None)), 3)
+        shape = (1, channels, height, width)
         return {"pixel_values": torch.linspace(-1, 1, shape[1] * height * width).reshape(shape)}
     vocabulary = config.get_text_config().vocab_size
     ids = (torch.arange(1, tokens + 1) * 7919 % vocabulary)[None]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.blocks import Block, MatrixSpec
+from secateur.structured.entries import entries_of
 
 Kind = Literal["ffn", "kv-groups", "heads"]
 
@@ -47,7 +48,10 @@ class Cut:
         return stays.nonzero().squeeze(1)
 
     def apply(self, tensor: Tensor, units: Tensor) -> Tensor:
-        """The tensor without the slices of all other units."""
+        """The tensor without the slices of all other units; units (experts, k) are those of each expert."""
+        if units.ndim == 2:
+            inner = Cut(self.name, self.dim - 1, self.indices)
+            return torch.stack([inner.apply(one, own) for one, own in zip(tensor, units, strict=True)])
         return tensor.index_select(self.dim, self.keep(units, tensor.shape[self.dim]).to(tensor.device))
 
 
@@ -78,27 +82,39 @@ class Coupling:
     """As many units go from each of this many equal, consecutive parts: query heads, from each group."""
     heads: Heads | None = None
     """How the attention is built; None for neurons."""
+    experts: int = 0
+    """How many experts are stacked in the tensors, each with as many units, 0 for none."""
+    group: str = ""
+    """Couplings with one name here keep the same number of units; the kind where a model has one number for all."""
+
+    def __post_init__(self) -> None:
+        if not self.group:
+            object.__setattr__(self, "group", self.kind)
 
     @property
     def units(self) -> int:
         return len(self.columns)
 
 
-def heads_of(config: Any) -> list[Heads]:
-    """What the config allows the attention to be; more than one when it does not say how many groups there are."""
-    query = getattr(config, "num_attention_heads", None)
-    if not isinstance(query, int) or query < 1:
-        return []
-    said = [getattr(config, name, None) for name in ("num_key_value_heads", "num_kv_heads")]
-    groups = [value for value in said if isinstance(value, int) and value >= 1] + [query]
-    if getattr(config, "multi_query", False):
-        groups.insert(0, 1)
-    size = getattr(config, "head_dim", None)
-    hidden = getattr(config, "hidden_size", None)
-    sizes = [size] if isinstance(size, int) and size >= 1 else []
-    if isinstance(hidden, int) and hidden % query == 0:
-        sizes.append(hidden // query)
-    return [Heads(query, k, d) for k in dict.fromkeys(groups) for d in dict.fromkeys(sizes) if query % k == 0]
+def heads_of(config: Any, width: int) -> list[Heads]:
+    """What the config allows an attention to be whose heads give ``width`` numbers; the likeliest first.
+
+    Every number that a config calls heads may be that of the query heads or of the key-value groups.
+    """
+    numbers: list[int] = []
+    groups: list[int] = [1] if getattr(config, "multi_query", False) else []
+    common = getattr(config, "num_attention_heads", None)
+    for key, value in [("num_attention_heads", common), *((path[-1], value) for path, value in entries_of(config))]:
+        if "head" in key and not any(word in key for word in ("dim", "size", "ratio")):
+            values = value if isinstance(value, list | tuple) else [value]
+            (groups if "kv" in key or "key_value" in key else numbers).extend(
+                one for one in values if type(one) is int and one >= 1
+            )
+    return [
+        Heads(query, k, width // query)
+        for query in dict.fromkeys(numbers) if query > 1 and width % query == 0
+        for k in dict.fromkeys([*groups, query]) if query % k == 0
+    ]  # fmt: skip
 
 
 def find_couplings(
@@ -204,9 +220,7 @@ def _attention(observer: _Observer, consumer: MatrixSpec, tensors: Mapping[str, 
 
     Where a group has several query heads these are units as well, for as many to go from each group.
     """
-    for heads in heads_of(config):
-        if heads.query * heads.size != consumer.in_features:
-            continue
+    for heads in heads_of(config, consumer.in_features):
         number = torch.arange(consumer.in_features)
         by_group, spread = _fed_by(observer, consumer, number.reshape(heads.groups, -1), heads, tensors, _group_rows)
         if not spread or heads.groups == 1:
@@ -248,21 +262,18 @@ def _group_rows(out_features: int, heads: Heads) -> Iterator[Tensor]:
     """Rows of each group, (groups, rows): queries, keys or values, all three one after the other, or group by group."""
     k, d, each = heads.groups, heads.size, heads.each
     number = torch.arange(out_features)
-    if out_features in (heads.query * d, 2 * heads.query * d):  # the latter with a gate beside every query
+    if out_features % k == 0:  # also with a gate beside every query, or values of another size
         yield number.reshape(k, -1)
-    if out_features == k * d:
-        yield number.reshape(k, d)
-    if out_features == (heads.query + 2 * k) * d:
+    if out_features == (each + 2) * k * d:
         query, key, value = number.split([heads.query * d, k * d, k * d])
         yield torch.cat([query.reshape(k, -1), key.reshape(k, d), value.reshape(k, d)], dim=1)
-        yield number.reshape(k, (each + 2) * d)
 
 
 def _head_rows(out_features: int, heads: Heads) -> Iterator[Tensor]:
     """Rows of each query head, (heads, rows), in the same orders; keys and values stay."""
     k, d, each = heads.groups, heads.size, heads.each
     number = torch.arange(out_features)
-    if out_features in (heads.query * d, 2 * heads.query * d):
+    if out_features % heads.query == 0:
         yield number.reshape(heads.query, -1)
     if out_features == (heads.query + 2 * k) * d:
         yield number[: heads.query * d].reshape(heads.query, d)

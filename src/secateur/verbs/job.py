@@ -78,7 +78,11 @@ class Job:
             return {}
         old = shapes_of(self.model)
         new = cut_shapes(old, width.couplings, {kind: after for kind, (_, after) in width.units.items()})
-        return {self.binding.unit_of(name).keys[0]: shape for name, shape in new.items() if shape != old[name]}
+        made: dict[str, tuple[int, ...]] = {}
+        for unit in {id(u): u for u in (self.binding.unit_of(n) for n in new if new[n] != old[n])}.values():
+            entries = self.binding.unload(unit, {name: torch.empty(new[name], device="meta") for name in unit.names})
+            made |= {key: tuple(entry.shape) for key, entry in entries.items()}
+        return made
 
     @property
     def prunable(self) -> tuple[dict[str, int], dict[str, int]]:
