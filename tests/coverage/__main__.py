@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import gc
 import json
 import os
 import resource
@@ -98,6 +99,7 @@ def main() -> None:
     from tests.coverage.families import families
 
     torch.set_num_threads(1)
+    gc.freeze()  # the children need not look through what is loaded here
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     every = families()

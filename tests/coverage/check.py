@@ -58,17 +58,19 @@ def load(folder: Path) -> Stock:
 
 
 def check(
-    source: Path, out: Path, result: PruneResult, inputs: dict[str, torch.Tensor], pattern: str = "unstructured"
-) -> None:
+    source: Path, out: Path, result: PruneResult, inputs: dict[str, torch.Tensor], pattern: str = "unstructured",
+    dense: Stock | None = None,
+) -> None:  # fmt: skip
     """Compare a result with its source.
 
     Args:
         pattern: unstructured (half of every matrix) or 2:4, for a result without structure.
+        dense: the source's model, which is changed; loaded when it is not given.
 
     Raises:
         WrongResultError: with the first thing that is wrong.
     """
-    dense, small = load(source), load(out)
+    dense, small = dense or load(source), load(out)
     if len(small.complaints) > len(dense.complaints):
         raise WrongResultError(f"the stock loader complains: {min(small.complaints - dense.complaints)}")
     structure = result.recipe["structure"]
@@ -133,12 +135,20 @@ def _without_blocks(
 @contextmanager
 def _passing(model: nn.Module, names: Sequence[str], inputs: dict[str, torch.Tensor]) -> Iterator[None]:
     """While it lasts, these modules return what they get first, in the form of what they returned before."""
-    in_tuple: dict[str, bool] = {}
     modules = {name: model.get_submodule(name) for name in names}
-    handles = [
-        module.register_forward_hook(lambda m, a, out, name=name: in_tuple.update({name: isinstance(out, tuple)}))
-        for name, module in modules.items()
-    ]
+    same: dict[str, list[Any] | None] = {}
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given = {**dict(enumerate(args)), **kwargs}
+            same[name] = [
+                next((key for key, value in given.items() if value is part and part is not None), None)
+                for part in output[1:]
+            ] if isinstance(output, tuple) else None  # fmt: skip
+
+        return hook
+
+    handles = [module.register_forward_hook(look(name), with_kwargs=True) for name, module in modules.items()]
     answer(model, inputs)
     for handle in handles:
         handle.remove()
@@ -146,7 +156,10 @@ def _passing(model: nn.Module, names: Sequence[str], inputs: dict[str, torch.Ten
     def pass_on(name: str) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             states = args[0] if args else kwargs["hidden_states"]
-            return (states,) if in_tuple[name] else states
+            if same[name] is None:
+                return states
+            given = {**dict(enumerate(args)), **kwargs}
+            return states, *(given.get(key) for key in same[name])
 
         return forward
 

@@ -52,7 +52,10 @@ def families() -> list[Family]:
     types: set[str] = set()
     for kind, names in MAPS.items():
         for model_type, class_name in names.items():
-            config = CONFIG_MAPPING[model_type].__name__ if model_type in CONFIG_MAPPING else model_type
+            known = CONFIG_MAPPING.get(model_type, None)
+            if known is not None and known.model_type in names and known.model_type != model_type:
+                continue  # an old name beside that of the config
+            config = known.__name__ if known is not None else model_type
             if (config, class_name) in seen or (kind == "encoder" and model_type in types):
                 continue
             seen.add((config, class_name))

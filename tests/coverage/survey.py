@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.coverage.families import Family
 from tests.coverage.tiny import NotBuiltError, Tiny, answer, inputs_of, tiny_model
 
 COLUMNS = ("blocks", "unstructured", "2:4", "depth", "ffn", "attention")
-SHARES = (0.12, 0.03, 0.3, 0.006)
+SHARES = (0.12, 0.03, 0.25, 0.06, 0.2, 0.006, 0.4)
 """Sparsities that are tried one after the other where the structure is refused for the amount alone."""
 Row = dict[str, Any]
 Prune = Callable[..., PruneResult]
@@ -86,6 +87,7 @@ class _Work:
 
     def __init__(self, source: Path, out: Path, tiny: Tiny, prune: Prune) -> None:
         self._source, self._out, self._inputs, self._prune = source, out, tiny.inputs, prune
+        self._dense = load(source)
         batches = next(batch for batch in inputs_of(tiny.model, 4, 48, 5) if set(batch) == set(tiny.inputs))
         plain = set(batches) <= {"input_ids", "decoder_input_ids"}
         ids = torch.cat([batches[name] for name in ("input_ids", "decoder_input_ids") if name in batches], dim=1) \
@@ -110,9 +112,11 @@ class _Work:
         except Exception as error:  # noqa: BLE001 - a crash is a result of the survey, too
             return _no(error)
         try:
-            check(self._source, self._out, result, self._inputs, pattern)
+            check(self._source, self._out, result, self._inputs, pattern, copy.deepcopy(self._dense))
         except WrongResultError as error:
             return self._wrong(settings, str(error))
+        except Exception as error:  # noqa: BLE001 - what cannot be checked is no success
+            return {"ok": False, "why": f"could not be checked, {type(error).__name__}: {_line(error)}"}
         return {"ok": True, "detail": _detail(result)}
 
     def _wrong(self, settings: Row, why: str) -> Row:

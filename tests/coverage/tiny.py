@@ -59,7 +59,6 @@ RULES: list[tuple[str, Make]] = [
     (r".*_(layer|attn|expert)_offset", lambda old, p: min(old, 1)),
     (r"(.*_)?(num_hidden_layers|n_layers?|num_layers|layers|num_blocks|depth)", lambda old, p: min(old, LAYERS)),
     (r"(.*_)?num_(encoder|decoder)_layers", lambda old, p: min(old, LAYERS)),
-    (r"(.*_)?(num_key_value_heads|num_kv_heads|n_kv_heads?)", lambda old, p: 1 if old == 1 else p.heads // 2),
     (r"(.*_)?(linear_)?num_key_heads", lambda old, p: p.heads // 2),
     (r"(n_)?mamba_(n_|num_)?heads", lambda old, p: 2 * p.hidden // 16),
     (r"mamba_(d_)?head(_dim|dim)?", lambda old, p: 16),
@@ -163,7 +162,10 @@ def _small(name: str, old: Any, default: Any, proportions: Proportions, aliases:
         return _small_list(name, old, proportions)
     if proportions.keep or proportions.divide:
         rule = _rule(name)
-        if re.search(r"token|vocab|layers?$|depth|num_blocks|experts|position|window|image_size", name) and rule:
+        if (
+            re.search(r"token|vocab|layers?$|depth|num_blocks|experts|position|window|image_size|group|top", name)
+            and rule
+        ):
             return rule(old, proportions)
         return _divided(name, old, default) if proportions.divide else old
     if name == aliases.get("hidden_size"):
@@ -171,6 +173,9 @@ def _small(name: str, old: Any, default: Any, proportions: Proportions, aliases:
         return proportions.hidden if not isinstance(heads, list | tuple) else 8 * heads[0]
     if name == "embed_dim" and isinstance(getattr(default, "num_heads", None), list | tuple):
         return 8 * default.num_heads[0]
+    if re.fullmatch(r"(.*_)?(num_key_value_heads|num_kv_heads|n_kv_heads?)", name):
+        every = getattr(default, "num_attention_heads", None)
+        return 1 if old == 1 else proportions.heads if old == every else proportions.heads // 2
     rule = _rule(name)
     return rule(old, proportions) if rule else old
 

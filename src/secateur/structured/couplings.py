@@ -131,8 +131,11 @@ def find_couplings(
     observer = _Observer(block, module, run)
     found: list[Coupling] = []
     for consumer in observer.reached:
-        neurons = _neurons(observer, consumer, tensors)
-        found += [neurons] if neurons is not None else _attention(observer, consumer, tensors, config)
+        attention = _attention(observer, consumer, tensors, config) if observer.mixing(consumer) else []
+        if attention or observer.is_beside_mixing(consumer):
+            found += attention
+        elif (neurons := _neurons(observer, consumer, tensors)) is not None:
+            found.append(neurons)
     return found
 
 
@@ -144,6 +147,27 @@ class _Observer:
         self.plain = {matrix.name: matrix for matrix in block.matrices if not matrix.experts}
         self._inputs = self._watch(None, None)
         self.reached = [matrix for name, matrix in self.plain.items() if name in self._inputs]
+        # Producer -> consumer -> whether a disturbance of all rows arrives at other tokens, too.
+        self._spreads: dict[str, dict[str, bool]] = {}
+        for producer in self.reached:
+            now = self._watch(producer, torch.arange(producer.out_features))
+            arrives = {c.name: _changes(self._inputs[c.name], now.get(c.name)) for c in self.reached if c != producer}
+            self._spreads[producer.name] = {
+                name: int(found[0].sum()) > 1 for name, found in arrives.items() if found and bool(found[1].any())
+            }
+
+    def reaching(self, consumer: MatrixSpec) -> list[MatrixSpec]:
+        """The matrices whose output has some effect on a consumer's input."""
+        return [matrix for matrix in self.reached if consumer.name in self._spreads[matrix.name]]
+
+    def mixing(self, consumer: MatrixSpec) -> list[MatrixSpec]:
+        """Those of them that have it at other tokens: keys and values, and all that comes before an attention."""
+        return [matrix for matrix in self.reaching(consumer) if self._spreads[matrix.name][consumer.name]]
+
+    def is_beside_mixing(self, consumer: MatrixSpec) -> bool:
+        """Whether one of these belongs to the same module: what else feeds the consumer there is a gate, no neurons."""
+        own = consumer.module.rpartition(".")[0]
+        return any(matrix.module.rpartition(".")[0] == own for matrix in self.mixing(consumer))
 
     def changed(self, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec) -> tuple[Tensor, Tensor] | None:
         """Tokens and columns of the consumer's input that a disturbance of these rows, at one token, changes.
@@ -151,14 +175,7 @@ class _Observer:
         Returns:
             Two bool tensors, or None when the consumer was not reached in the same way.
         """
-        if producer.name == consumer.name:
-            return None
-        now = self._watch(producer, rows)
-        before, after = self._inputs.get(consumer.name), now.get(consumer.name)
-        if before is None or after is None or before.shape != after.shape:
-            return None
-        different = (before - after).abs() > 1e-6 * before.abs().amax().clamp_min(1e-30)
-        return different.any(dim=1), different.any(dim=0)
+        return _changes(self._inputs[consumer.name], self._watch(producer, rows).get(consumer.name))
 
     def _module_of(self, matrix: MatrixSpec) -> nn.Module:
         return self._module.get_submodule(matrix.module.removeprefix(self._prefix))
@@ -195,6 +212,13 @@ class _Observer:
         return inputs
 
 
+def _changes(before: Tensor, after: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if after is None or before.shape != after.shape:
+        return None
+    different = (before - after).abs() > 1e-6 * before.abs().amax().clamp_min(1e-30)
+    return different.any(dim=1), different.any(dim=0)
+
+
 def _neurons(observer: _Observer, consumer: MatrixSpec, tensors: Mapping[str, Tensor]) -> Coupling | None:
     """Units of one column each, fed by the rows of the same number, or of two halves, or of pairs side by side."""
     width = consumer.in_features
@@ -205,7 +229,7 @@ def _neurons(observer: _Observer, consumer: MatrixSpec, tensors: Mapping[str, Te
     }
     columns = number[:, None]
     cuts: list[Cut] = []
-    for producer in observer.reached:
+    for producer in observer.reaching(consumer):
         for rows in layouts.get(producer.out_features // width, []) if producer.out_features % width == 0 else []:
             if _feeds(observer, producer, rows, consumer, columns, spreads=False) is not None:
                 cuts += _cuts_of(producer, rows, tensors)
@@ -223,7 +247,9 @@ def _attention(observer: _Observer, consumer: MatrixSpec, tensors: Mapping[str, 
     for heads in heads_of(config, consumer.in_features):
         number = torch.arange(consumer.in_features)
         by_group, spread = _fed_by(observer, consumer, number.reshape(heads.groups, -1), heads, tensors, _group_rows)
-        if not spread or heads.groups == 1:
+        if not spread:
+            continue
+        if heads.groups == 1:
             by_group = []
         found = []
         if by_group:
@@ -248,7 +274,7 @@ def _fed_by(
     """The rows that feed the units of an attention, and whether any of them reaches other tokens."""
     cuts: list[Cut] = []
     spread = False
-    for producer in observer.reached:
+    for producer in observer.reaching(consumer):
         for rows in layouts(producer.out_features, heads):
             fed = _feeds(observer, producer, rows, consumer, columns, spreads=True)
             if fed is not None:
