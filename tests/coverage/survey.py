@@ -35,7 +35,7 @@ def survey(family: Family, scratch: Path, prune: Prune = secateur.prune) -> Row:
     row: Row = {"kind": family.kind, "family": family.model_type, "class": family.class_name}
     source = scratch / "model"
     try:
-        tiny = tiny_model(family.config_class, family.model_class)
+        tiny = tiny_model(family.config_class, family.model_class, decoder=family.kind == "causal")
         _check_that_stock_reloads(tiny, source)
     except Exception as error:  # noqa: BLE001 - whatever stops it: the family does not build here
         why = str(error) if isinstance(error, NotBuiltError) else f"{type(error).__name__}: {_line(error)}"

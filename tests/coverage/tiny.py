@@ -103,8 +103,11 @@ class Tiny:
     recipe: int
 
 
-def tiny_model(config_class: Any, model_class: Any, seed: int = 0) -> Tiny:
+def tiny_model(config_class: Any, model_class: Any, seed: int = 0, *, decoder: bool = False) -> Tiny:
     """The first small model that runs.
+
+    Args:
+        decoder: whether a config that can be that of an encoder or a decoder is to be the latter's.
 
     Raises:
         NotBuiltError: with what stopped the first recipe.
@@ -112,23 +115,25 @@ def tiny_model(config_class: Any, model_class: Any, seed: int = 0) -> Tiny:
     first = ""
     for number, proportions in enumerate(RECIPES):
         try:
-            config = tiny_config(config_class, proportions)
+            config = tiny_config(config_class, proportions, decoder=decoder)
             with torch.device("meta"):
                 size = sum(one.numel() for one in model_class._from_config(config).parameters())
             most = MOST_WEIGHTS_OF_DEFAULTS if proportions.keep else MOST_PARAMETERS
             if size > most:
                 raise ValueError(f"{size:,} parameters are not tiny")
-            model = randomized(model_class._from_config(tiny_config(config_class, proportions)).eval(), seed)
+            model = randomized(model_class._from_config(config).eval(), seed)
             return Tiny(model, _accepted(model), number)
         except Exception as error:  # noqa: BLE001 - whatever a config or a model raises: this recipe does not suit
             first = first or f"{type(error).__name__}: {_line(error)}"
     raise NotBuiltError(first)
 
 
-def tiny_config(config_class: Any, proportions: Proportions) -> Any:
+def tiny_config(config_class: Any, proportions: Proportions, *, decoder: bool = False) -> Any:
     """A config of a class with small entries, in nested configs too."""
     default = config_class()
     values = small_values(default, proportions)
+    if decoder and hasattr(default, "is_decoder"):
+        values["is_decoder"] = True
     made = config_class(**values)
     return config_class(**{**values, **_shorter_lists(default, made)})
 
@@ -144,6 +149,8 @@ def small_values(default: Any, proportions: Proportions) -> dict[str, Any]:
             part = tiny_config(type(old), proportions)
             values[name] = part
             continue
+        if re.fullmatch(r"attn_layer_(indices|ids)", name) and not old:
+            values[name] = [1]
         stated = next(field.default for field in dataclasses.fields(default) if field.name == name)
         if stated is None and not isinstance(old, list | tuple | dict):
             continue  # the config makes it from other entries
