@@ -72,9 +72,10 @@ RULES: list[tuple[str, Make]] = [
     (r".*shared_experts?", lambda old, p: min(old, 1)),
     (r".*(num|n_routed|n|local)_experts", lambda old, p: min(old, 4)),
     (r".*(moe|expert|shared)\w*_(intermediate_size|hidden_size|dim)", lambda old, p: 32),
-    (r"(.*_)?(intermediate_size|ffn_dim|d_ff|n_inner|inner_dim|d_inner|mlp_dim|mlp_hidden_dim)", lambda old, p: p.ffn),
+    (r"(.*_)?(intermediate_size|ffn_dim|d_ff|dff|n_inner|inner_dim|d_inner)", lambda old, p: p.ffn),
+    (r"(.*_)?(mlp_dim|mlp_hidden_dim)", lambda old, p: p.ffn),
     (r"(.*_)?(ffn_hidden_size|dim_ff|hidden_dim|feedforward_dim|intermediate_dim)", lambda old, p: p.ffn),
-    (r"(.*_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_size|embedding_dim|d_embed)",
+    (r"(.*_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_size|embedding_dim|d_embed|d_model_size)",
      lambda old, p: p.hidden),
     (r"dim|width|model_dim|d_embedding|.*proj_dim|projection_dim|.*projection_size|true_hidden_size|lru_width",
      lambda old, p: p.hidden),
@@ -88,6 +89,10 @@ RULES: list[tuple[str, Make]] = [
     (r".*chunk_size", lambda old, p: min(old, 16)),
     (r".*axial_pos_shape", lambda old, p: 16),
 ]  # fmt: skip
+
+
+# Entries that models cannot do without, though their default is empty.
+NEEDED = ((r"head_dim", 8), (r"num_experts_per_tok", 2), (r"n_routed_experts", 4))
 
 
 class NotBuiltError(Exception):
@@ -135,7 +140,21 @@ def tiny_config(config_class: Any, proportions: Proportions, *, decoder: bool = 
     if decoder and hasattr(default, "is_decoder"):
         values["is_decoder"] = True
     made = config_class(**values)
-    return config_class(**{**values, **_shorter_lists(default, made)})
+    lists = _shorter_lists(default, made)
+    try:
+        return config_class(**{**values, **lists, **_both_kinds(config_class(**{**values, **lists}))})
+    except Exception:  # noqa: BLE001 - a config that knows no other kind of layer
+        return config_class(**{**values, **lists})
+
+
+def _both_kinds(made: Any) -> dict[str, Any]:
+    """Every second layer a full attention, where a short model would have got none beside its linear ones."""
+    names = {field.name for field in dataclasses.fields(made)}
+    return {
+        name: [kind if place % 2 == 0 else "full_attention" for place, kind in enumerate(value)]
+        for name in ("layer_types", "layers_block_type")
+        if name in names and set(value := getattr(made, name, None) or []) in ({"linear_attention"}, {"mamba"})
+    }
 
 
 def small_values(default: Any, proportions: Proportions) -> dict[str, Any]:
@@ -152,6 +171,8 @@ def small_values(default: Any, proportions: Proportions) -> dict[str, Any]:
         if re.fullmatch(r"attn_layer_(indices|ids)", name) and not old:
             values[name] = [1]
         stated = next(field.default for field in dataclasses.fields(default) if field.name == name)
+        if old is None and (said := next((new for word, new in NEEDED if re.fullmatch(word, name)), None)) is not None:
+            values[name] = proportions.head if name == "head_dim" else said
         if stated is None and not isinstance(old, list | tuple | dict):
             continue  # the config makes it from other entries
         if name == "rope_parameters" or name.endswith("rope_scaling"):

@@ -193,6 +193,25 @@ def rehearse(
     _forward(model, structure, binding, _Zeros(reader), probe_inputs(model, tokens=8))
 
 
+def runs_in(
+    dtype: torch.dtype, model: transformers.PreTrainedModel, structure: Structure, binding: Binding,
+    reader: CheckpointReader,
+) -> bool:  # fmt: skip
+    """Whether a rehearsed model also runs in a narrower number format: some mix it with numbers of their own."""
+    source = _Zeros(reader)
+    store = ActivationStore(None, Path(tempfile.gettempdir()))
+    stream = BlockStream(
+        model, structure, binding, source, NoSink(source), make_method("magnitude"), Plan(), store, compute_dtype=dtype
+    )
+    try:
+        stream.run([probe_inputs(model, tokens=8)])
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "scalar type" not in str(error):
+            raise
+        return False
+    return True
+
+
 def _forward(
     model: transformers.PreTrainedModel,
     structure: Structure,

@@ -132,9 +132,8 @@ def find_couplings(
     found: list[Coupling] = []
     for consumer in observer.reached:
         attention = _attention(observer, consumer, tensors, config) if observer.mixing(consumer) else []
-        if attention or observer.is_beside_mixing(consumer):
-            found += attention
-        elif (neurons := _neurons(observer, consumer, tensors)) is not None:
+        found += attention
+        if not attention and (neurons := _neurons(observer, consumer, tensors)) is not None:
             found.append(neurons)
     return found
 
@@ -145,12 +144,12 @@ class _Observer:
     def __init__(self, block: Block, module: nn.Module, run: Callable[[], Any]) -> None:
         self._module, self._run, self._prefix = module, run, f"{block.name}."
         self.plain = {matrix.name: matrix for matrix in block.matrices if not matrix.experts}
-        self._inputs = self._watch(None, None)
+        self._inputs = self._watch([], None)
         self.reached = [matrix for name, matrix in self.plain.items() if name in self._inputs]
         # Producer -> consumer -> whether a disturbance of all rows arrives at other tokens, too.
         self._spreads: dict[str, dict[str, bool]] = {}
         for producer in self.reached:
-            now = self._watch(producer, torch.arange(producer.out_features))
+            now = self._watch([producer], torch.arange(producer.out_features))
             arrives = {c.name: _changes(self._inputs[c.name], now.get(c.name)) for c in self.reached if c != producer}
             self._spreads[producer.name] = {
                 name: int(found[0].sum()) > 1 for name, found in arrives.items() if found and bool(found[1].any())
@@ -164,10 +163,12 @@ class _Observer:
         """Those of them that have it at other tokens: keys and values, and all that comes before an attention."""
         return [matrix for matrix in self.reaching(consumer) if self._spreads[matrix.name][consumer.name]]
 
-    def is_beside_mixing(self, consumer: MatrixSpec) -> bool:
-        """Whether one of these belongs to the same module: what else feeds the consumer there is a gate, no neurons."""
-        own = consumer.module.rpartition(".")[0]
-        return any(matrix.module.rpartition(".")[0] == own for matrix in self.mixing(consumer))
+    def feed_all_of(self, producers: Sequence[MatrixSpec], consumer: MatrixSpec) -> bool:
+        """Whether nothing of a consumer's input is left without them; else they are a gate on something else."""
+        left = self._watch(producers, None).get(consumer.name)
+        return left is not None and bool(
+            (left - left[:1]).abs().amax() <= 1e-6 * self._inputs[consumer.name].abs().amax()
+        )
 
     def changed(self, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec) -> tuple[Tensor, Tensor] | None:
         """Tokens and columns of the consumer's input that a disturbance of these rows, at one token, changes.
@@ -175,12 +176,13 @@ class _Observer:
         Returns:
             Two bool tensors, or None when the consumer was not reached in the same way.
         """
-        return _changes(self._inputs[consumer.name], self._watch(producer, rows).get(consumer.name))
+        return _changes(self._inputs[consumer.name], self._watch([producer], rows).get(consumer.name))
 
     def _module_of(self, matrix: MatrixSpec) -> nn.Module:
         return self._module.get_submodule(matrix.module.removeprefix(self._prefix))
 
-    def _watch(self, producer: MatrixSpec | None, rows: Tensor | None) -> dict[str, Tensor]:
+    def _watch(self, producers: Sequence[MatrixSpec], rows: Tensor | None) -> dict[str, Tensor]:
+        """Inputs of all matrices when some rows of these outputs are disturbed at one token; all are zero for None."""
         inputs: dict[str, Tensor] = {}
         handles = []
 
@@ -192,8 +194,9 @@ class _Observer:
             return hook
 
         def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-            assert rows is not None
-            changed = output.clone()
+            if rows is None:
+                return torch.zeros_like(output)
+            changed = output.clone(memory_format=torch.contiguous_format)
             flat = changed.view(-1, changed.shape[-1])
             # Larger than the output itself, so that it gets through an activation that is flat around zero.
             noise = 1 + torch.rand(len(rows), generator=torch.Generator().manual_seed(0))
@@ -202,8 +205,7 @@ class _Observer:
 
         for name, matrix in self.plain.items():
             handles.append(self._module_of(matrix).register_forward_pre_hook(see(name)))
-        if producer is not None:
-            handles.append(self._module_of(producer).register_forward_hook(disturb))
+        handles += [self._module_of(producer).register_forward_hook(disturb) for producer in producers]
         try:
             self._run()
         finally:
@@ -229,12 +231,14 @@ def _neurons(observer: _Observer, consumer: MatrixSpec, tensors: Mapping[str, Te
     }
     columns = number[:, None]
     cuts: list[Cut] = []
+    feeding: list[MatrixSpec] = []
     for producer in observer.reaching(consumer):
         for rows in layouts.get(producer.out_features // width, []) if producer.out_features % width == 0 else []:
             if _feeds(observer, producer, rows, consumer, columns, spreads=False) is not None:
                 cuts += _cuts_of(producer, rows, tensors)
+                feeding.append(producer)
                 break
-    if not cuts:
+    if not cuts or not observer.feed_all_of(feeding, consumer):
         return None
     return Coupling("ffn", consumer.name, columns, (_consumer_cut(consumer, columns), *cuts))
 

@@ -72,6 +72,8 @@ def _along(config: Any, rows: Sequence[Row]) -> Entries:
     for path, value in entries_of(config):
         if isinstance(value, list) and len(value) in by_total and len(value) > 1 and value != [r.total for r in rows]:
             made[path] = [value[place] for place in by_total[len(value)].kept]
+        elif path[-1] in ("out_features", "out_indices") and value:
+            made[path] = None  # which stages a backbone gives out: by default the last one that there is
         elif path[-1] in numbered:
             made[path] = numbered[path[-1]]
         elif "per_layer" in path[-1] and isinstance(value, Mapping) and len(rows) == 1:

@@ -25,7 +25,7 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
-from secateur.engine.forward import probe_inputs, rehearse
+from secateur.engine.forward import probe_inputs, rehearse, runs_in
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink, tensor_digest
 from secateur.engine.skeleton import build_skeleton
@@ -163,6 +163,9 @@ def prepare(
     structure = find_structure(model)
     plan = Plan() if recipe.structure else make_plan(recipe, structure)
     rehearse(model, structure, binding, reader)
+    if asked == "auto" and compute != torch.float32 and not runs_in(compute, model, structure, binding, reader):
+        reporter.note(f"calibrated in float32: the model does not run in {str(compute).removeprefix('torch.')}")
+        compute = torch.float32
     names = [matrix.name for matrix in structure.matrices]
     prunable = {key: reader.info(key).numel for key in binding.keys_of(names)}
     loaded: list[Calibration] = []
