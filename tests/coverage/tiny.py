@@ -163,7 +163,7 @@ def small_values(default: Any, proportions: Proportions) -> dict[str, Any]:
     aliases = dict(getattr(type(default), "attribute_map", {}))
     values: dict[str, Any] = {}
     for name in sorted(names):
-        old = getattr(default, name, None)
+        old = _value_of(default, name)
         if isinstance(old, transformers.PreTrainedConfig):
             part = tiny_config(type(old), proportions)
             values[name] = part
@@ -181,6 +181,13 @@ def small_values(default: Any, proportions: Proportions) -> dict[str, Any]:
         if new != old:
             values[name] = new
     return values
+
+
+def _value_of(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001 - an entry that differs between layers has no value of its own
+        return vars(config).get(name)
 
 
 def _small(name: str, old: Any, default: Any, proportions: Proportions, aliases: dict[str, str]) -> Any:
