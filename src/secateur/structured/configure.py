@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,12 +129,10 @@ def noun(kind: Kind) -> str:
 
 def _search(config: Any, found: Shrunk, own: Sequence[Coupling], kept: Mapping[str, int]) -> Shrunk | None:
     """The first entries that cut these couplings and nothing else."""
-    lead = own[0]
     before = shapes_of(found.skeleton)
     wanted = cut_shapes(before, own, kept)
     current = changed(config, found.changes)
-    candidates = neuron_entries if lead.heads is None else attention_entries
-    for entries in candidates(current, lead, kept[lead.group]):
+    for entries in _candidates(current, own, kept):
         try:
             skeleton = skeleton_of(changed(current, entries))
         except Exception:  # noqa: BLE001 - a config may refuse values in any way; then it was not this entry
@@ -143,6 +141,13 @@ def _search(config: Any, found: Shrunk, own: Sequence[Coupling], kept: Mapping[s
         if cut is not None:
             return Shrunk(skeleton, found.changes | entries, found.couplings + cut, found.kept | dict(kept))
     return None
+
+
+def _candidates(config: Any, own: Sequence[Coupling], kept: Mapping[str, int]) -> Iterator[Entries]:
+    """Entries that may say the number of any of the groups."""
+    for lead in {coupling.group: coupling for coupling in own}.values():
+        entries = neuron_entries if lead.heads is None else attention_entries
+        yield from entries(config, lead, kept[lead.group])
 
 
 def _going_along(
