@@ -91,16 +91,19 @@ def test_every_expert_chooses_its_own_neurons(method: str, tmp_path: Path) -> No
 def test_experts_shared_experts_and_dense_blocks_shrink_alike(tmp_path: Path) -> None:
     """Three widths and two entries: that of the experts says that of the shared expert, twice as wide, as well."""
     values = {
-        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 2,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 2,
         "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
         "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
     }  # fmt: skip
-    llama = {key: value for key, value in LLAMA.items() if key != "head_dim"} | {"num_key_value_heads": 8}
+    llama = {key: value for key, value in LLAMA.items() if key != "head_dim"} | {
+        "num_key_value_heads": 8,
+        "intermediate_size": 96,
+    }
     folder = _save(tmp_path / "model", "DeepseekV3ForCausalLM", **llama, **values)
-    _pruned(folder, tmp_path / "out", structure="ffn", sparsity=0.2)
+    _pruned(folder, tmp_path / "out", structure="ffn", sparsity=0.2, round_to=8)
     config = _config(tmp_path / "out")
-    assert config["moe_intermediate_size"] < 16
-    assert config["intermediate_size"] < 48
+    assert config["moe_intermediate_size"] == 24
+    assert config["intermediate_size"] < 96
 
 
 def test_a_width_that_a_ratio_says(tmp_path: Path) -> None:
