@@ -88,6 +88,19 @@ def test_every_expert_chooses_its_own_neurons(method: str, tmp_path: Path) -> No
     _pruned(folder, tmp_path / "small", structure="ffn", sparsity=0.25, method=method, verify=True)
 
 
+def test_experts_of_a_dictionary_are_cut_alike_also_those_that_no_token_reached(tmp_path: Path) -> None:
+    values = {
+        "vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2,
+        "num_heads": 4, "num_experts": 24, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+        "decoder_start_token_id": 0,
+    }  # fmt: skip
+    folder = _save(tmp_path / "model", "SwitchTransformersForConditionalGeneration", **values)
+    batches = [{"input_ids": _ids(4), "decoder_input_ids": _ids(4)}]
+    result = _pruned(folder, tmp_path / "out", structure="ffn", sparsity=0.2, calibration=batches)
+    assert sum("expert_" in matrix.name for matrix in result.matrices) == 24 * 2
+    assert _config(tmp_path / "out")["d_ff"] < 48
+
+
 def test_experts_shared_experts_and_dense_blocks_shrink_alike(tmp_path: Path) -> None:
     """Three widths and two entries: that of the experts says that of the shared expert, twice as wide, as well."""
     values = {

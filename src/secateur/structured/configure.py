@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 
+from secateur.engine.blocks import find_structure
 from secateur.engine.skeleton import model_class, skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
 from secateur.structured.couplings import Coupling, Cut, Kind
@@ -131,13 +132,14 @@ def _search(config: Any, found: Shrunk, own: Sequence[Coupling], kept: Mapping[s
     """The first entries that cut these couplings and nothing else."""
     before = shapes_of(found.skeleton)
     wanted = cut_shapes(before, own, kept)
+    matrices = {matrix.name for matrix in find_structure(found.skeleton).matrices}
     current = changed(config, found.changes)
     for entries in _candidates(current, own, kept):
         try:
             skeleton = skeleton_of(changed(current, entries))
         except Exception:  # noqa: BLE001 - a config may refuse values in any way; then it was not this entry
             continue
-        cut = _going_along(before, wanted, shapes_of(skeleton), own, kept)
+        cut = _going_along(before, wanted, shapes_of(skeleton), own, kept, matrices)
         if cut is not None:
             return Shrunk(skeleton, found.changes | entries, found.couplings + cut, found.kept | dict(kept))
     return None
@@ -151,16 +153,20 @@ def _candidates(config: Any, own: Sequence[Coupling], kept: Mapping[str, int]) -
 
 
 def _going_along(
-    before: Shapes, wanted: Shapes, made: Shapes, own: Sequence[Coupling], kept: Mapping[str, int]
-) -> list[Coupling] | None:
-    """The couplings with cuts for tensors that became shorter with them; None when a shape cannot be explained so."""
+    before: Shapes, wanted: Shapes, made: Shapes, own: Sequence[Coupling], kept: Mapping[str, int],
+    matrices: Collection[str],
+) -> list[Coupling] | None:  # fmt: skip
+    """The couplings with cuts for tensors that became shorter with them; None when a shape cannot be explained so.
+
+    Matrices never go along: they are couplings of their own, or else what feeds them is not known.
+    """
     if wanted.keys() != made.keys():
         return None
     extra: dict[int, list[Cut]] = {}
     for name in (name for name in wanted if wanted[name] != made[name]):
         old, new = before[name], made[name]
         place = _nearest(own, name)
-        if wanted[name] != old or len(old) != len(new) or place is None:
+        if wanted[name] != old or len(old) != len(new) or place is None or name in matrices:
             return None
         coupling = own[place]
         dims = [dim for dim, (was, now) in enumerate(zip(old, new, strict=True)) if was != now]

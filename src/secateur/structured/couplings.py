@@ -13,6 +13,7 @@ A block is run on random weights for this, so the result does not hang on a weig
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -135,7 +136,31 @@ def find_couplings(
         found += attention
         if not attention and (neurons := _neurons(observer, consumer, tensors)) is not None:
             found.append(neurons)
-    return found
+    return found + _of_siblings(found, [m for m in observer.plain.values() if m not in observer.reached], tensors)
+
+
+def _of_siblings(
+    found: Sequence[Coupling], unreached: Sequence[MatrixSpec], tensors: Mapping[str, Tensor]
+) -> list[Coupling]:
+    """Couplings of modules that no token of the short input came to, such as rare experts: as in one built alike.
+
+    Alike are modules of one list, whose paths differ in one place and whose tensors have the same shapes.
+    """
+    made: dict[str, Coupling] = {}
+    for coupling in found:
+        for matrix in unreached:
+            ours, theirs = coupling.consumer.split("."), matrix.name.split(".")
+            places = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+            if len(ours) != len(theirs) or len(places) != 1 or matrix.name in made:
+                continue
+            old, new = (".".join(parts[: places[0] + 1]) + "." for parts in (ours, theirs))
+            names = {cut.name: new + cut.name.removeprefix(old) for cut in coupling.cuts if cut.name.startswith(old)}
+            if len(names) == len(coupling.cuts) and all(
+                other in tensors and tensors[other].shape == tensors[name].shape for name, other in names.items()
+            ):
+                cuts = tuple(dataclasses.replace(cut, name=names[cut.name]) for cut in coupling.cuts)
+                made[matrix.name] = dataclasses.replace(coupling, consumer=matrix.name, cuts=cuts)
+    return list(made.values())
 
 
 class _Observer:
