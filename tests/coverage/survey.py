@@ -51,6 +51,9 @@ def survey(family: Family, scratch: Path, prune: Prune = secateur.prune) -> Row:
     row["2:4"] = work.attempt({"method": "wanda", "pattern": "2:4"}, "2:4")
     row["depth"] = work.first_share({"structure": "depth"}, (0.25, 0.5))
     row["ffn"] = work.first_share({"structure": "ffn", "round_to": 8}, SHARES)
+    if not row["ffn"]["ok"] and not row["ffn"].get("silent"):  # a ratio that is a whole number takes larger steps
+        again = work.attempt({"structure": "ffn", "round_to": 64, "sparsity": 0.2})
+        row["ffn"] = again if again["ok"] or again.get("silent") else row["ffn"]
     row["attention"] = work.first_share({"structure": "kv-groups"}, SHARES)
     if not row["attention"]["ok"] and not row["attention"].get("silent"):
         heads = work.first_share({"structure": "heads"}, SHARES)

@@ -54,6 +54,8 @@ class Binding:
 
     def __init__(self, model: transformers.PreTrainedModel, keys: Iterable[str]) -> None:
         self._model = model
+        self.resident = False
+        """Whether weights outside the blocks are loaded at the start of a run and stay: `rehearse` finds out."""
         self.units: list[Unit] = []
         self.unbound: list[str] = []
         self._by_name: dict[str, Unit] = {}

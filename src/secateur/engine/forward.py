@@ -21,6 +21,7 @@ from secateur.engine.inputs import inputs_of_window, output_tensor
 from secateur.engine.plan import Plan
 from secateur.engine.skeleton import buffers_to, build_skeleton, declare_dtype, drop_tensor
 from secateur.engine.stream import BlockStream
+from secateur.errors import UnsupportedModelError
 from secateur.plugins import make_method
 from secateur.result import PrunedMatrix
 
@@ -178,7 +179,7 @@ class _Forwards(BlockStream):
     def _end(self, lanes: Sequence[Lane]) -> None:
         for lane in lanes:
             lane.stop()
-        self._release_outside()
+        self._release_outside(last=True)
         self.store.close()
 
 
@@ -187,10 +188,21 @@ def rehearse(
 ) -> None:
     """Run a short forward block by block on zeros, so that a model that cannot be streamed is known before work starts.
 
+    A model that looks at a weight outside the blocks without running the module that owns it can be streamed when all
+    of these stay in memory: ``binding.resident`` says so afterwards.
+
     Raises:
         UnsupportedModelError: with the reason.
     """
-    _forward(model, structure, binding, _Zeros(reader), probe_inputs(model, tokens=8))
+    try:
+        _forward(model, structure, binding, _Zeros(reader), probe_inputs(model, tokens=8))
+    except UnsupportedModelError as error:
+        binding.resident = True
+        try:
+            _forward(model, structure, binding, _Zeros(reader), probe_inputs(model, tokens=8))
+        except UnsupportedModelError:
+            binding.resident = False
+            raise error from None
 
 
 def runs_in(

@@ -100,7 +100,7 @@ class StateStream(BlockStream):
         finally:
             for lane in lanes:
                 lane.stop()
-            self._release_outside()
+            self._release_outside(last=True)
             self.store.close()
         return states
 

@@ -122,6 +122,7 @@ def without_blocks(
             skeleton = skeleton_of(changed(config, entries))
             small, view = find_structure(skeleton), CheckpointView(reader.folder, origin)
             own = Binding(skeleton, view.keys)
+            own.resident = binding.resident
             if len(small.blocks) != len(kept) or own.missing or len(own.unbound) > len(binding.unbound):
                 continue
             found = _answer(skeleton, small, own, RandomTensors(view, origin), probe, frozenset())

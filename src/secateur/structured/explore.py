@@ -106,4 +106,4 @@ class _Walk(BlockStream):
                     self._release_outside()
         finally:
             lane.stop()
-            self._release_outside()
+            self._release_outside(last=True)

@@ -163,6 +163,9 @@ def prepare(
     structure = find_structure(model)
     plan = Plan() if recipe.structure else make_plan(recipe, structure)
     rehearse(model, structure, binding, reader)
+    if binding.resident:
+        reporter.note("the model reads a weight outside its blocks in a way of its own: all of these stay in memory")
+        compute = torch.float32  # the format of the verification, as they are there in one format only
     if asked == "auto" and compute != torch.float32 and not runs_in(compute, model, structure, binding, reader):
         reporter.note(f"calibrated in float32: the model does not run in {str(compute).removeprefix('torch.')}")
         compute = torch.float32
