@@ -51,7 +51,8 @@ def families() -> list[Family]:
     seen: set[tuple[str, str]] = set()
     types: set[str] = set()
     for kind, names in MAPS.items():
-        for model_type, class_name in names.items():
+        for model_type, classes in names.items():
+            class_name = classes if isinstance(classes, str) else classes[0]
             known = CONFIG_MAPPING.get(model_type, None)
             if known is not None and known.model_type in names and known.model_type != model_type:
                 continue  # an old name beside that of the config

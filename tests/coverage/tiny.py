@@ -82,6 +82,7 @@ RULES: list[tuple[str, Make]] = [
     (r"(.*_)?(max_position_embeddings|n_positions|max_(source|target)_positions|max_seq_len|context_length)",
      lambda old, p: min(old, 256)),
     (r".*(sliding_window|attention_window|local_attention|block_size|window_attention).*", lambda old, p: min(old, 16)),
+    (r"(.*_)?window_size", lambda old, p: min(old, 2)),
     (r"(.*_)?image_size", lambda old, p: min(old, 64)),
     (r"(.*_)?patch_size", lambda old, p: min(old, 16)),
     (r"num_patches", lambda old, p: min(old, 16)),
@@ -92,7 +93,12 @@ RULES: list[tuple[str, Make]] = [
 
 
 # Entries that models cannot do without, though their default is empty.
-NEEDED = ((r"head_dim", 8), (r"num_experts_per_tok", 2), (r"n_routed_experts", 4))
+NEEDED: tuple[tuple[str, Any], ...] = (
+    (r"default_language", "en_XX"),
+    (r"head_dim", 8),
+    (r"num_experts_per_tok", 2),
+    (r"n_routed_experts", 4),
+)
 
 
 class NotBuiltError(Exception):

@@ -263,8 +263,9 @@ def first_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
 def note_returns(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
     """Note in what form a block returns its states, and which of its arguments it hands on beside them."""
     block.reached = True
-    if not isinstance(output, tuple):
+    if not isinstance(output, tuple | list):
         return
+    block.as_list = isinstance(output, list)
     given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     block.returns = [
         next((place for place, argument in given if argument is value and value is not None), None)
@@ -281,7 +282,7 @@ def handed_on(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
         None if place is None else args[place] if isinstance(place, int) else kwargs.get(place)
         for place in block.returns
     ]
-    return (states, *rest)
+    return [states, *rest] if block.as_list else (states, *rest)
 
 
 class ExpertTensor(torch.Tensor):

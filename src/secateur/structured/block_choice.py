@@ -162,7 +162,8 @@ def least_influence(states: States, remove: int, quotas: Quotas | None = None) -
 def _check_count(gone: Sequence[int], remove: int) -> None:
     if len(gone) < remove:
         raise UnsupportedModelError(
-            f"only {len(gone)} of {remove} blocks can be left out: the others are the only ones of their build",
+            f"only {len(gone)} of {remove} blocks can be left out: the model does not run without the others, "
+            "or they are the only ones of their build",
             hint="choose a lower --sparsity, or another --structure",
         )
 

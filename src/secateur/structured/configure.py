@@ -39,6 +39,8 @@ class Shrunk:
     """Those that were asked for, with the cuts of tensors that go along."""
     kept: dict[str, int] = field(default_factory=dict)
     """By group: units that stay."""
+    unsaid: list[str] = field(default_factory=list)
+    """Groups whose number no entry says, while one says that of others: all of their units stay."""
 
 
 def shapes_of(model: transformers.PreTrainedModel) -> Shapes:
@@ -67,10 +69,11 @@ def shrink(config: transformers.PreTrainedConfig, couplings: Sequence[Coupling],
         kept: units that stay, by group.
 
     Raises:
-        UnsupportedModelError: when no entries of the config give the wanted shapes.
+        UnsupportedModelError: when no entries of the config give the wanted shapes for any group of a kind.
         SparsityError: when they would for other numbers of units; the nearest are named.
     """
     found = Shrunk(skeleton_of(copy.deepcopy(config)), {})
+    refused: dict[str, UnsupportedModelError] = {}
     for group, count in kept.items():
         if group in found.kept:
             continue
@@ -82,13 +85,19 @@ def shrink(config: transformers.PreTrainedConfig, couplings: Sequence[Coupling],
                 hint=f"the nearest numbers that are: {', '.join(map(str, legal))}; choose another --sparsity",
             )
         if more is None:
-            raise UnsupportedModelError(
+            refused[group] = UnsupportedModelError(
                 f"the config of {model_class(config).__name__} has no entries for {count} of {own[0].units} "
                 f"{noun(own[0].kind)} in every block",
                 hint="this structure is bound to other sizes there; another --structure may be free",
             )
-        found = more
-    return found
+        else:
+            found = more
+    unsaid = [group for group in refused if group not in found.kept]
+    said = {coupling.kind for coupling in couplings if coupling.group in found.kept}
+    for coupling in couplings:
+        if coupling.group in unsaid and coupling.kind not in said:
+            raise refused[coupling.group]
+    return dataclasses.replace(found, unsaid=unsaid)
 
 
 def _more_shrunk(

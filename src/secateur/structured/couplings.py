@@ -25,6 +25,8 @@ from secateur.engine.blocks import Block, MatrixSpec
 from secateur.structured.entries import entries_of
 
 Kind = Literal["ffn", "kv-groups", "heads"]
+_ALL = torch.empty(0)
+"""Stands for all rows at all tokens."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,11 @@ def find_couplings(
     observer = _Observer(block, module, run)
     found: list[Coupling] = []
     for consumer in observer.reached:
-        attention = _attention(observer, consumer, tensors, config) if observer.mixing(consumer) else []
-        found += attention
-        if not attention and (neurons := _neurons(observer, consumer, tensors)) is not None:
+        neurons = _neurons(observer, consumer, tensors)
+        if neurons is not None:
             found.append(neurons)
+        elif observer.mixing(consumer):
+            found += _attention(observer, consumer, tensors, config)
     return found + _of_siblings(found, [m for m in observer.plain.values() if m not in observer.reached], tensors)
 
 
@@ -189,11 +192,17 @@ class _Observer:
         return [matrix for matrix in self.reaching(consumer) if self._spreads[matrix.name][consumer.name]]
 
     def feed_all_of(self, producers: Sequence[MatrixSpec], consumer: MatrixSpec) -> bool:
-        """Whether nothing of a consumer's input is left without them; else they are a gate on something else."""
+        """Whether nothing of a consumer's input is left without them, and no other matrix has an effect around them.
+
+        Else they are a gate on something else, such as what an attention gives.
+        """
+        before = self._inputs[consumer.name]
         left = self._watch(producers, None).get(consumer.name)
-        return left is not None and bool(
-            (left - left[:1]).abs().amax() <= 1e-6 * self._inputs[consumer.name].abs().amax()
-        )
+        if left is None or bool((left - left[:1]).abs().amax() > 1e-6 * before.abs().amax()):
+            return False
+        others = [matrix for matrix in self.reaching(consumer) if matrix not in producers]
+        around = _changes(before, self._watch(others, _ALL, held=producers).get(consumer.name))
+        return around is not None and not bool(around[1].any())
 
     def changed(self, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec) -> tuple[Tensor, Tensor] | None:
         """Tokens and columns of the consumer's input that a disturbance of these rows, at one token, changes.
@@ -206,8 +215,33 @@ class _Observer:
     def _module_of(self, matrix: MatrixSpec) -> nn.Module:
         return self._module.get_submodule(matrix.module.removeprefix(self._prefix))
 
-    def _watch(self, producers: Sequence[MatrixSpec], rows: Tensor | None) -> dict[str, Tensor]:
-        """Inputs of all matrices when some rows of these outputs are disturbed at one token; all are zero for None."""
+    def _outputs(self, matrices: Sequence[MatrixSpec]) -> dict[str, Tensor]:
+        """What these matrices give in an undisturbed run."""
+        outputs: dict[str, Tensor] = {}
+
+        def see(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                outputs[name] = output
+
+            return hook
+
+        handles = [self._module_of(matrix).register_forward_hook(see(matrix.name)) for matrix in matrices]
+        try:
+            self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def _watch(
+        self, producers: Sequence[MatrixSpec], rows: Tensor | None, held: Sequence[MatrixSpec] = ()
+    ) -> dict[str, Tensor]:
+        """Inputs of all matrices when some rows of these outputs are disturbed at one token; all are zero for None.
+
+        Args:
+            held: matrices whose outputs are those of an undisturbed run.
+        """
+        kept = self._outputs(held) if held else {}
         inputs: dict[str, Tensor] = {}
         handles = []
 
@@ -219,8 +253,12 @@ class _Observer:
             return hook
 
         def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+            if not isinstance(output, Tensor):  # a router, for example, that gives more than its product
+                return output
             if rows is None:
                 return torch.zeros_like(output)
+            if rows is _ALL:
+                return output + 4 * output.abs().amax().clamp_min(1e-3)
             if int(rows.max()) >= output.shape[-1]:  # a module that groups its outputs: rows are no columns of these
                 return output
             changed = output.clone(memory_format=torch.contiguous_format)
@@ -233,6 +271,10 @@ class _Observer:
         for name, matrix in self.plain.items():
             handles.append(self._module_of(matrix).register_forward_pre_hook(see(name)))
         handles += [self._module_of(producer).register_forward_hook(disturb) for producer in producers]
+        handles += [
+            self._module_of(matrix).register_forward_hook(lambda m, a, output, name=matrix.name: kept.get(name, output))
+            for matrix in held
+        ]
         try:
             self._run()
         finally:

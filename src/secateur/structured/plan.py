@@ -35,6 +35,8 @@ class WidthPlan:
     """All that are cut, in all blocks."""
     removed: int
     """Prunable weights that go, in all blocks together."""
+    unsaid: list[str] = field(default_factory=list)
+    """Groups of units that stay whole, because the config does not name their number."""
     differences: dict[str, float] = field(default_factory=dict)
     """By block that was tried: difference between units at zero and units removed."""
 
@@ -45,7 +47,7 @@ class WidthPlan:
             own = [coupling for coupling in self.couplings if coupling.group == group]
             blocks = sum(any(job.coupling.group == group for job in jobs) for jobs in self.jobs.values())
             lines.append(f"{noun(own[0].kind)}: {before:,} -> {after:,} in each of {blocks} blocks")
-        return lines
+        return lines + [f"{group} stay: the config has no entry for their number" for group in self.unsaid]
 
 
 def couplings_of_blocks(
@@ -96,17 +98,24 @@ def plan_widths(
     every = couplings_of_blocks(model, structure, binding, reader)
     total = sum(matrix.size for matrix in structure.matrices)
     shapes = shapes_of(model)
-    kept: dict[str, int] = {}
-    chosen: list[Coupling] = []
-    for name in kinds:
-        own = _of_kind(every, cast(Kind, name), structure)
-        # Of every coupling the same share goes, also where they have different numbers of units.
-        share = sparsity * total / len(kinds) / sum(c.units * _weights_of_unit(c, shapes) for c in own)
-        for coupling in own:
-            if coupling.group not in kept:
-                kept[coupling.group] = _stay(coupling, coupling.units * (1 - share), round_to)
-        chosen += own
-    shrunk = shrink(config, chosen, kept)
+
+    def shrunk_without(unsaid: Sequence[str]) -> Shrunk:
+        kept: dict[str, int] = {}
+        chosen: list[Coupling] = []
+        for name in kinds:
+            own = [c for c in _of_kind(every, cast(Kind, name), structure) if c.group not in unsaid]
+            # Of every coupling the same share goes, also where they have different numbers of units.
+            share = sparsity * total / len(kinds) / sum(c.units * _weights_of_unit(c, shapes) for c in own)
+            for coupling in own:
+                if coupling.group not in kept:
+                    kept[coupling.group] = _stay(coupling, coupling.units * (1 - share), round_to)
+            chosen += own
+        return shrink(config, chosen, kept)
+
+    shrunk = shrunk_without([])
+    unsaid = list(shrunk.unsaid)
+    if unsaid:  # the others give what these do not
+        shrunk = shrunk_without(unsaid)
     units = {coupling.group: (coupling.units, shrunk.kept[coupling.group]) for coupling in shrunk.couplings}
     jobs: dict[int, list[Job]] = {
         block.index: [
@@ -116,7 +125,7 @@ def plan_widths(
         for block in structure.blocks
     }  # fmt: skip
     removed = sum((c.units - shrunk.kept[c.group]) * _weights_of_unit(c, shapes) for c in shrunk.couplings)
-    plan = WidthPlan(jobs, shrunk, units, shrunk.couplings, removed)
+    plan = WidthPlan(jobs, shrunk, units, shrunk.couplings, removed, unsaid)
 
     def visit(block: Block, module: nn.Module, call: Call, tensors: dict[str, Tensor]) -> None:
         if not jobs[block.index]:
