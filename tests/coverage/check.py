@@ -137,14 +137,16 @@ def _passing(model: nn.Module, names: Sequence[str], inputs: dict[str, torch.Ten
     """While it lasts, these modules return what they get first, in the form of what they returned before."""
     modules = {name: model.get_submodule(name) for name in names}
     same: dict[str, list[Any] | None] = {}
+    form: dict[str, type] = {}
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given = {**dict(enumerate(args)), **kwargs}
+            form[name] = type(output)
             same[name] = [
                 next((key for key, value in given.items() if value is part and part is not None), None)
                 for part in output[1:]
-            ] if isinstance(output, tuple) else None  # fmt: skip
+            ] if isinstance(output, tuple | list) else None  # fmt: skip
 
         return hook
 
@@ -159,7 +161,8 @@ def _passing(model: nn.Module, names: Sequence[str], inputs: dict[str, torch.Ten
             if same[name] is None:
                 return states
             given = {**dict(enumerate(args)), **kwargs}
-            return states, *(given.get(key) for key in same[name])
+            parts = (states, *(given.get(key) for key in same[name]))
+            return list(parts) if form[name] is list else parts
 
         return forward
 

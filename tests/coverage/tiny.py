@@ -96,6 +96,7 @@ RULES: list[tuple[str, Make]] = [
 NEEDED: tuple[tuple[str, Any], ...] = (
     (r"default_language", "en_XX"),
     (r"head_dim", 8),
+    (r"num_key_value_heads", 4),
     (r"num_experts_per_tok", 2),
     (r"n_routed_experts", 4),
 )
@@ -178,7 +179,7 @@ def small_values(default: Any, proportions: Proportions) -> dict[str, Any]:
             values[name] = [1]
         stated = next(field.default for field in dataclasses.fields(default) if field.name == name)
         if old is None and (said := next((new for word, new in NEEDED if re.fullmatch(word, name)), None)) is not None:
-            values[name] = proportions.head if name == "head_dim" else said
+            values[name] = {"head_dim": proportions.head, "num_key_value_heads": proportions.heads // 2}.get(name, said)
         if stated is None and not isinstance(old, list | tuple | dict):
             continue  # the config makes it from other entries
         if name == "rope_parameters" or name.endswith("rope_scaling"):
