@@ -202,7 +202,7 @@ class _Observer:
             return False
         others = [matrix for matrix in self.reaching(consumer) if matrix not in producers]
         around = _changes(before, self._watch(others, _ALL, held=producers).get(consumer.name))
-        return around is not None and not bool(around[1].any())
+        return around is None or not bool(around[1].any())  # None where a router sent other tokens
 
     def changed(self, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec) -> tuple[Tensor, Tensor] | None:
         """Tokens and columns of the consumer's input that a disturbance of these rows, at one token, changes.
@@ -252,7 +252,7 @@ class _Observer:
 
             return hook
 
-        def disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        def disturb(module: nn.Module, args: Any, output: Any) -> Any:
             if not isinstance(output, Tensor):  # a router, for example, that gives more than its product
                 return output
             if rows is None:
@@ -268,13 +268,17 @@ class _Observer:
             flat[len(flat) // 2, rows] += 4 * noise * output.abs().amax().clamp_min(1e-3)
             return changed
 
+        def hold(name: str) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                same = name in kept and kept[name].shape == output.shape  # a router may send other tokens here now
+                return kept[name] if same else output
+
+            return hook
+
         for name, matrix in self.plain.items():
             handles.append(self._module_of(matrix).register_forward_pre_hook(see(name)))
         handles += [self._module_of(producer).register_forward_hook(disturb) for producer in producers]
-        handles += [
-            self._module_of(matrix).register_forward_hook(lambda m, a, output, name=matrix.name: kept.get(name, output))
-            for matrix in held
-        ]
+        handles += [self._module_of(matrix).register_forward_hook(hold(matrix.name)) for matrix in held]
         try:
             self._run()
         finally:

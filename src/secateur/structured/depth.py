@@ -146,10 +146,9 @@ def _renumbered(
     of_block = {key: block for block in structure.blocks for key in binding.keys_of(block.tensors)}
     numbers: dict[str, int] = {}
     in_row: Counter[str] = Counter()
-    for old in kept:
-        block = structure.blocks[old]
-        numbers[block.name] = in_row[block.row]
-        in_row[block.row] += 1
+    for stays in (structure.blocks[old] for old in kept):
+        numbers[stays.name] = in_row[stays.row]
+        in_row[stays.row] += 1
     origin: dict[str, str] = {}
     for key in reader.keys:
         block = of_block.get(key)

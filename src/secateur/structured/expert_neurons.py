@@ -87,5 +87,5 @@ def _zeroed(owner: nn.Module, path: str, cuts: Sequence[Cut], units: Tensor) -> 
         yield
     finally:
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            for parameter, old in saved:
-                parameter.copy_(old)
+            for changed, old in saved:
+                changed.copy_(old)
