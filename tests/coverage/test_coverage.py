@@ -15,7 +15,7 @@ import secateur
 from tests.coverage.__main__ import read
 from tests.coverage.families import MAPS, families
 from tests.coverage.survey import COLUMNS, survey
-from tests.coverage.tiny import LAYERS, MOST_WEIGHTS_OF_DEFAULTS, tiny_config, tiny_model
+from tests.coverage.tiny import LAYERS, MOST_WEIGHTS_OF_DEFAULTS, tiny_model
 
 SAMPLE = (
     "causal/qwen3", "causal/gpt2", "causal/mamba", "seq2seq/t5", "seq2seq/bart", "masked/bert", "image/swin",
@@ -50,14 +50,6 @@ def test_tiny_models_are_tiny_and_random(config: str, model: str) -> None:
     assert tiny.model.num_parameters() < MOST_WEIGHTS_OF_DEFAULTS
     assert tiny.model.config.num_hidden_layers == LAYERS
     assert all(float(parameter.std()) > 0 for parameter in tiny.model.parameters() if parameter.numel() > 1)
-
-
-def test_lists_with_an_entry_a_layer_keep_every_kind() -> None:
-    from tests.coverage.tiny import RECIPES
-
-    config = tiny_config(transformers.Gemma3TextConfig, RECIPES[0])
-    assert len(config.layer_types) == config.num_hidden_layers
-    assert len(set(config.layer_types)) == 2
 
 
 def _prune_then(spoil: Any) -> Any:
