@@ -46,7 +46,7 @@ def survey(family: Family, scratch: Path, prune: Prune = secateur.prune) -> Row:
         "has_attention": any("attention" in part or "attn" in part for part in parts),
     }  # fmt: skip
     row["blocks"] = _inspected(source)
-    work = _Work(source, scratch / "out", tiny, prune)
+    work = Work(source, scratch / "out", tiny, prune)
     row["unstructured"] = work.attempt({"method": "sparsegpt", "sparsity": 0.5})
     row["2:4"] = work.attempt({"method": "wanda", "pattern": "2:4"}, "2:4")
     row["depth"] = work.first_share({"structure": "depth"}, (0.25, 0.5))
@@ -86,7 +86,7 @@ def _inspected(source: Path) -> Row:
     return {"ok": True, "detail": " + ".join(map(str, rows.values()))}
 
 
-class _Work:
+class Work:
     """Tries recipes on one model."""
 
     def __init__(self, source: Path, out: Path, tiny: Tiny, prune: Prune) -> None:

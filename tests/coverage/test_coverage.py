@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 import secateur
 from tests.coverage.__main__ import read
 from tests.coverage.families import MAPS, families
-from tests.coverage.survey import COLUMNS, survey
-from tests.coverage.tiny import LAYERS, MOST_WEIGHTS_OF_DEFAULTS, tiny_model
+from tests.coverage.survey import COLUMNS, Work, survey
+from tests.coverage.tiny import LAYERS, MOST_WEIGHTS_OF_DEFAULTS, Tiny, tiny_model
 
 SAMPLE = (
-    "causal/qwen3", "causal/gpt2", "causal/mamba", "seq2seq/t5", "seq2seq/bart", "masked/bert", "image/swin",
+    "causal/qwen3", "causal/gpt2", "causal/mamba", "seq2seq/t5", "seq2seq/bart", "masked/bert", "image/vit",
     "causal/mixtral",
 )  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_tiny_models_are_tiny_and_random(config: str, model: str) -> None:
     tiny = tiny_model(getattr(transformers, config), getattr(transformers, model))
     assert tiny.model.num_parameters() < MOST_WEIGHTS_OF_DEFAULTS
     assert tiny.model.config.num_hidden_layers == LAYERS
-    assert all(float(parameter.std()) > 0 for parameter in tiny.model.parameters() if parameter.numel() > 1)
+    assert all(float(parameter.detach().std()) > 0 for parameter in tiny.model.parameters() if parameter.numel() > 1)
 
 
 def _prune_then(spoil: Any) -> Any:
@@ -83,15 +83,48 @@ def _name_another_size(out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config))
 
 
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Path]:
+    tiny = tiny_model(transformers.LlamaConfig, transformers.LlamaForCausalLM)
+    folder = tmp_path_factory.mktemp("llama") / "model"
+    tiny.model.save_pretrained(folder)
+    return tiny, folder
+
+
 @pytest.mark.parametrize(
-    ("spoil", "words"),
-    [(_swap_two_rows, "differs from the dense one"), (_lose_a_tensor, "complains"), (_name_another_size, "")],
+    ("structure", "spoil", "words"),
+    [
+        ("ffn", _swap_two_rows, "differs from the dense one"),
+        ("depth", _swap_two_rows, "differs from the dense one"),
+        ("ffn", _lose_a_tensor, "complains"),
+        ("ffn", _name_another_size, ""),
+    ],
 )
-def test_a_spoiled_result_is_a_silent_failure(spoil: Any, words: str, tmp_path: Path) -> None:
-    family = next(one for one in families() if one.key == "causal/llama")
-    row = survey(family, tmp_path, _prune_then(spoil))
-    assert row["unstructured"]["ok"]
-    for column in ("depth", "ffn", "attention"):
-        assert not row[column]["ok"]
-        assert row[column]["silent"]
-        assert words in row[column]["why"]
+def test_a_spoiled_result_is_a_silent_failure(
+    structure: str, spoil: Any, words: str, tiny_llama: tuple[Tiny, Path], tmp_path: Path
+) -> None:
+    tiny, folder = tiny_llama
+    settings = {"structure": structure, "sparsity": 0.25, **({"round_to": 8} if structure == "ffn" else {})}
+    assert Work(folder, tmp_path / "good", tiny, secateur.prune).attempt(settings)["ok"]
+    found = Work(folder, tmp_path / "bad", tiny, _prune_then(spoil)).attempt(settings)
+    assert not found["ok"]
+    assert found["silent"]
+    assert words in found["why"]
+
+
+def test_a_weight_that_came_back_is_found(tiny_llama: tuple[Tiny, Path], tmp_path: Path) -> None:
+    def spoil(out: Path) -> None:
+        weights = load_file(out / "model.safetensors")
+        weight = weights["model.layers.1.mlp.up_proj.weight"]
+        weight[(weight == 0).nonzero()[0].tolist()[0], (weight == 0).nonzero()[0].tolist()[1]] = 1e-3
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+    def prune(source: Path, out: Path, **settings: Any) -> Any:
+        result = secateur.prune(source, out, **settings)
+        spoil(out)
+        return result
+
+    tiny, folder = tiny_llama
+    found = Work(folder, tmp_path / "out", tiny, prune).attempt({"method": "magnitude", "sparsity": 0.5})
+    assert found["silent"]
+    assert "zeros of" in found["why"]

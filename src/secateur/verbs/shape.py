@@ -141,7 +141,13 @@ def _choose_blocks(
         )
     if way == "greedy":
         whole = load_model(source.folder, device=str(device), dtype="float32")
-        loss = _measured_loss(whole, batches, device, compute)
+        try:
+            loss = _measured_loss(whole, batches, device, compute)
+        except RuntimeError as error:  # some models use numbers that a narrow format does not have
+            if compute == torch.float32 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reporter.note(f"losses are measured in float32: {str(error).splitlines()[0]}")
+            loss = _measured_loss(whole, batches, device, torch.float32)
         gone, losses = block_choice.greedy_removal(whole, model.structure, count, loss, reporter, quotas)
         reporter.note(f"loss on calibration text after each block: {', '.join(f'{value:.3f}' for value in losses)}")
         return gone
