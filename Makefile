@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 torch_index = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: help install demo demo-smaller test lint bench docs docs-check wheel clean
+.PHONY: help install demo demo-smaller test lint bench coverage docs docs-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -59,6 +59,10 @@ lint: $(VENV)/dev ## Style, types, import layers, generated docs
 
 bench: $(VENV)/dev ## Run every benchmark; results go to benchmarks/results
 	@set -e; cd benchmarks; for name in $(BENCHMARKS); do echo "== $$name"; ../$(BIN)/python $$name.py; done
+
+coverage: $(VENV)/dev ## Try every kind of pruning on every family of transformers; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage --again
+	$(BIN)/python docs/generate.py
 
 docs: $(VENV)/dev ## Write the generated parts of the documents
 	$(BIN)/python docs/generate.py

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import typer
 from typer.core import TyperArgument, TyperGroup, TyperOption
@@ -132,6 +133,63 @@ def results(name: str) -> str:
     )
 
 
+COLUMNS = {"blocks": "blocks found", "unstructured": "unstructured", "2:4": "2:4", "depth": "depth", "ffn": "ffn",
+           "attention": "attention"}  # fmt: skip
+"""Column of the coverage table -> its heading."""
+
+
+def coverage() -> str:
+    """The coverage table, from the rows that `make coverage` wrote: shares, a row a family, reasons, what is absent."""
+    data = json.loads((ROOT / "benchmarks" / "results" / "coverage.json").read_text(encoding="utf-8"))
+    rows = list(data["families"].values())
+    built = [row for row in rows if row["built"]]
+    attentive = [row for row in built if row["has_attention"]]
+    shares = [[heading, *(share(among, column) for among in (built, attentive))] for column, heading in COLUMNS.items()]
+    silent = [f"{row['kind']}/{row['family']}, {column}: {row[column]['why']}" for row in built for column in COLUMNS
+              if row[column].get("silent")]  # fmt: skip
+    reasons: dict[str, int] = {}
+    lines = []
+    for row in built:
+        cells = []
+        for column in COLUMNS:
+            cell_ = row[column]
+            if cell_["ok"]:
+                cells.append(cell_["detail"] if column == "blocks" else "yes")
+            else:
+                number = reasons.setdefault(general(cell_["why"]), len(reasons) + 1)
+                cells.append(("**wrong** " if cell_.get("silent") else "no ") + f"({number})")
+        lines.append([f"{row['family']}", f"`{row['class']}`", *cells])
+    absent = [[f"{row['family']}", f"`{row['class']}`", row["why"]] for row in rows if not row["built"]]
+    return "\n\n".join(
+        [
+            f"transformers {data['transformers']}, torch {data['torch']}, `{data['command']}`. "
+            f"{len(built)} of {len(rows)} families build.",
+            table(["", "of the families that build", "of those with an attention"], shares),
+            f"Silent failures, a wrong or unloadable result reported as a success: {len(silent)}."
+            + "".join(f"\n- {line}" for line in silent),
+            "## Families",
+            table(["family", "class", *COLUMNS.values()], lines),
+            "## Why not",
+            "\n".join(f"{number}. {cell(reason)}" for reason, number in reasons.items()),
+            "## Not built",
+            table(["family", "class", "what stopped it"], absent),
+        ]
+    )
+
+
+def share(rows: list[dict[str, Any]], column: str) -> str:
+    """How many rows have a yes in a column."""
+    found = sum(row[column]["ok"] for row in rows)
+    return f"{found} of {len(rows)}, {found / max(1, len(rows)):.1%}"
+
+
+def general(reason: str) -> str:
+    """A reason without the numbers and names of one family, so that equal ones come together."""
+    reason = re.sub(r"\b[\w-]+(\.[\w-]+)+\b", "(a module)", reason)
+    reason = re.sub(r"\b[A-Z]\w*(Model|ForCausalLM|For\w+|Encoder|Decoder|Config|HeadModel)\b", "(the class)", reason)
+    return re.sub(r"\d[\d.,e+-]*(?<![.,])", "n", reason)
+
+
 def shown(column: str, value: object) -> str:
     """A figure with the digits that mean something."""
     if isinstance(value, float):
@@ -156,6 +214,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "criteria": lambda: plugin_table("expert_criteria"),
         "criterion details": lambda: plugin_details("expert_criteria", "method for --structure experts"),
     },
+    "docs/coverage.md": {"coverage": coverage},
     "docs/training.md": {"schedule details": lambda: plugin_details("schedules", "schedule")},
     "docs/cli.md": {"commands": command_reference},
     "docs/results.md": {

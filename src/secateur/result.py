@@ -116,8 +116,8 @@ class PrunedMatrix(_Plain):
     sparsity: float
     loss: float | None = None
     notes: list[str] = field(default_factory=list)
-    units: list[int] | None = None
-    """Numbers of the neurons or heads that stayed, where others were removed."""
+    units: list[int] | list[list[int]] | None = None
+    """Numbers of the neurons or heads that stayed, where others were removed; of stacked experts, for each."""
 
 
 @dataclass

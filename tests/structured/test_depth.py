@@ -16,7 +16,7 @@ from torch import nn
 
 import secateur
 from secateur.engine.inputs import output_tensor
-from secateur.errors import RecipeError, SparsityError, UnknownNameError, UnsupportedModelError
+from secateur.errors import RecipeError, SparsityError, UnknownNameError, UsageError
 from secateur.result import PruneResult
 from tests.models import FAMILIES, calibration_for, save_tiny
 
@@ -184,7 +184,56 @@ def test_refused_before_work(kind: type[Exception], words: str, options: dict[st
     assert not list(tmp_path.glob("out*"))
 
 
-def test_two_rows_of_blocks_are_refused(tmp_path: Path) -> None:
-    folder = save_tiny(tmp_path / "model", "t5")
-    with pytest.raises(UnsupportedModelError, match="2 rows"):
-        _prune(folder, tmp_path / "out", "t5", sparsity=0.5)
+def _t5(folder: Path) -> tuple[Path, list[list[str]]]:
+    return save_tiny(folder, "t5", num_layers=4, num_decoder_layers=8), [["encoder.block"], ["decoder.block"]]
+
+
+def _bart(folder: Path) -> tuple[Path, list[list[str]]]:
+    config = transformers.BartConfig(
+        vocab_size=128, d_model=32, encoder_layers=4, decoder_layers=8, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        encoder_attention_heads=4, decoder_attention_heads=4, max_position_embeddings=256, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.BartForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, 0.15)
+    model.save_pretrained(folder)
+    return folder, [["model.encoder.layers"], ["model.decoder.layers"]]
+
+
+@pytest.mark.parametrize("make", [_t5, _bart])
+@pytest.mark.parametrize("way", ["greedy", "influence"])
+def test_every_row_of_blocks_gives_its_share(make: Any, way: str, tmp_path: Path) -> None:
+    """An encoder of 4 and a decoder of 8 blocks lose 1 and 2; the rest is the stock model with these taken out."""
+    folder, rows = make(tmp_path / "model")
+    _prune(folder, tmp_path / "out", "t5", sparsity=0.25, depth_by=way, verify=True)
+    before, after = _stock(folder), _stock(tmp_path / "out")
+    kept = _kept(tmp_path / "out")
+    encoder, decoder = [i for i in kept if i < 4], [i - 4 for i in kept if i >= 4]
+    assert (len(encoder), len(decoder)) == (3, 6)
+    for (name,), stay in zip(rows, (encoder, decoder), strict=True):
+        row = before.get_submodule(name)
+        for index in sorted(set(range(len(row))) - set(stay), reverse=True):
+            del row[index]
+    ids = torch.randint(3, 128, (2, 24), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        expected, found = (
+            model(input_ids=ids, decoder_input_ids=ids.flip(1), use_cache=False).logits for model in (before, after)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_block_that_holds_what_all_others_need_stays(tmp_path: Path) -> None:
+    """The first block of a T5 row has the position biases of all: whatever the choice would be, it is kept."""
+    folder, _ = _t5(tmp_path / "model")
+    _prune(folder, tmp_path / "out", "t5", sparsity=0.6, depth_by="influence")
+    assert {0, 4} <= set(_kept(tmp_path / "out"))
+
+
+def test_angular_is_refused_for_two_rows(tmp_path: Path) -> None:
+    folder, _ = _t5(tmp_path / "model")
+    with pytest.raises(UsageError, match="2 rows"):
+        _prune(folder, tmp_path / "out", "t5", sparsity=0.25, depth_by="angular")

@@ -22,16 +22,15 @@ from tests.models import FAMILIES, calibration_for, save_tiny
 CANNOT = {
     # Where a structure is refused, and the words that say why.
     ("bloom", "ffn"): "config of BloomForCausalLM has no entries",
-    ("mixtral", "ffn"): "made of experts",
-    ("qwen3_moe", "ffn"): "made of experts",
-    ("falcon", "kv-groups"): "no key-value groups",
+    ("falcon", "kv-groups"): "no block has key-value groups",
     ("falcon", "heads"): "config of FalconForCausalLM has no entries",
     **{
         (family, "kv-groups"): "has no entries"
-        for family in ("bert", "bloom", "distilbert", "gpt2", "gpt_neox", "opt", "roberta", "t5", "vit")
+        for family in ("bert", "bloom", "distilbert", "gpt2", "gpt_neox", "opt", "roberta")
     },
+    ("t5", "kv-groups"): "cannot be run with fewer key-value groups",  # all blocks add the biases that the first has
     **{
-        (family, "heads"): "no query heads"
+        (family, "heads"): "no block has query heads"
         for family in ("bert", "bloom", "distilbert", "gpt2", "gpt_neox", "opt", "roberta", "t5", "vit")
     },
 }
@@ -79,15 +78,18 @@ def test_removed_is_what_zeroed_would_compute(family: tuple[str, Path], structur
     before, after = _stock(folder), _stock(out)
     gone = 0
     for matrix in result.matrices:
-        whole = before.get_parameter(matrix.name)
+        whole = before.get_parameter(matrix.name).data
         turned = type(before.get_submodule(matrix.name.rpartition(".")[0])).__name__ == "Conv1D"
-        columns = whole.data if turned else whole.data.T  # (in, out), a view
-        units = {"ffn": len(columns), "kv-groups": 2, "heads": 4}[structure]
-        each = columns.view(units, -1, columns.shape[1])
-        removed = [unit for unit in range(units) if unit not in matrix.units]
-        assert removed
-        each[removed] = 0
-        gone += len(removed)
+        stacked = zip(whole, matrix.units, strict=True) if whole.ndim == 3 else [(whole, matrix.units)]
+        for single, stay in stacked:
+            columns = single if turned else single.T  # (in, out), a view
+            groups = getattr(before.config, "num_key_value_heads", 4)
+            units = {"ffn": len(columns), "kv-groups": groups, "heads": 4}[structure]
+            each = columns.view(units, -1, columns.shape[1])
+            removed = [unit for unit in range(units) if unit not in stay]
+            assert removed
+            each[removed] = 0
+            gone += len(removed)
     assert gone
     with torch.no_grad():
         expected, found = (output_tensor(model(**_inputs(model))) for model in (before, after))

@@ -54,6 +54,8 @@ class Binding:
 
     def __init__(self, model: transformers.PreTrainedModel, keys: Iterable[str]) -> None:
         self._model = model
+        self.resident = False
+        """Whether weights outside the blocks are loaded at the start of a run and stay: `rehearse` finds out."""
         self.units: list[Unit] = []
         self.unbound: list[str] = []
         self._by_name: dict[str, Unit] = {}
@@ -133,7 +135,7 @@ class Binding:
             if name in loaded:
                 continue
             unit = self.unit_of(name)
-            made = self._convert(unit, reader)
+            made = self.convert(unit, reader)
             if name in made:
                 loaded.update({n: t for n, t in made.items() if n in names})
             else:  # a tied alias
@@ -147,7 +149,8 @@ class Binding:
                 )
         return loaded
 
-    def _convert(self, unit: Unit, reader: TensorReader) -> dict[str, torch.Tensor]:
+    def convert(self, unit: Unit, reader: TensorReader) -> dict[str, torch.Tensor]:
+        """The tensors that the entries of one unit make, whatever their shapes."""
         if unit.converter is None:
             return {unit.names[0]: reader.tensor(unit.keys[0])}
         converter = copy.deepcopy(unit.converter)

@@ -59,6 +59,19 @@ class Block:
     name: str
     matrices: list[MatrixSpec] = field(default_factory=list)
     tensors: list[str] = field(default_factory=list)
+    reached: bool = False
+    """Whether a forward has run through it."""
+    returns: list[int | str | None] | None = None
+    """Of a block that returns a tuple: for each entry behind the states, the argument that it hands on, by position or
+    name, or None for what it makes itself. None while the block has not run, or when it returns the states alone."""
+
+    as_list: bool = False
+    """Whether it returns a list where others return a tuple."""
+
+    @property
+    def row(self) -> str:
+        """Path of the list that holds the block: a model may have several rows, an encoder and a decoder."""
+        return self.name.rpartition(".")[0]
 
 
 @dataclass
@@ -122,14 +135,23 @@ def _block_names(model: nn.Module) -> list[str]:
             outermost.append(name)
     if outermost:
         return outermost
-    rows: list[tuple[int, str]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) and len({type(child) for child in module}) == 1:
-            rows.append((len(module), name))
+    rows = [
+        (name, module) for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(child) for child in module}) == 1
+        and any(_matrices_of(part, "") for part in module.modules())
+    ]  # fmt: skip
     if not rows:
         return []
-    longest = max(rows, key=lambda row: row[0])[1]
-    return [f"{longest}.{index}" for index in range(len(model.get_submodule(longest)))]  # type: ignore[arg-type]
+    longest = max(rows, key=lambda row: len(row[1]))[1]
+    if len(rows) > 1 and all(isinstance(child, nn.ModuleList) for child in longest):
+        rows = [row for row in rows if row[1] is not longest]  # a list of stages, each a list of blocks
+        longest = max(rows, key=lambda row: len(row[1]))[1]
+    kind = type(longest[0])
+    nested = {id(part) for _, row in rows for child in row if type(child) is kind for part in child.modules()}
+    return [
+        f"{name}.{index}" for name, row in rows if type(row[0]) is kind and id(row) not in nested
+        for index in range(len(row))
+    ]  # fmt: skip
 
 
 def _matrices_of(module: nn.Module, path: str) -> list[tuple[MatrixSpec, str]]:

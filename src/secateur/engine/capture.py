@@ -158,7 +158,6 @@ class Capture:
         self._on_outside = on_outside
         self._handles: list[Any] = []
         self._overridden: list[nn.Module] = []
-        self._in_tuple = False
 
     def __enter__(self) -> Capture:
         inside: set[str] = set()
@@ -166,7 +165,7 @@ class Capture:
             module = self._model.get_submodule(block.name)
             inside.update(name for name, _ in module.named_modules(prefix=block.name))
             self._handles.append(module.register_forward_pre_hook(self._enter_block(block), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave_block(block)))
+            self._handles.append(module.register_forward_hook(self._leave_block(block), with_kwargs=True))
             self._override(module, self._skippable(block, module.forward))
             for matrix in block.matrices:
                 if not matrix.experts:
@@ -202,11 +201,12 @@ class Capture:
         return hook
 
     def _leave_block(self, block: Block) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             lane = getcurrent()
             if not isinstance(lane, Lane):
                 return
-            self._in_tuple = isinstance(output, tuple)
+            if block.index not in lane.skip:
+                note_returns(block, args, kwargs, output)
             if lane.keep_output:
                 with torch._C.DisableTorchFunction():  # a copy that the lane's watcher does not know and never empties
                     lane.output = output_tensor(output).clone()
@@ -220,7 +220,7 @@ class Capture:
             lane = getcurrent()
             if not isinstance(lane, Lane) or block.index not in lane.skip:
                 return forward(*args, **kwargs)
-            return handed_on(args, kwargs, in_tuple=self._in_tuple)
+            return handed_on(block, args, kwargs)
 
         return passing
 
@@ -260,10 +260,29 @@ def first_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tens
     raise UnsupportedModelError("a block gets no hidden states", hint="blocks of this model cannot be left out")
 
 
-def handed_on(args: tuple[Any, ...], kwargs: Mapping[str, Any], *, in_tuple: bool) -> Any:
-    """What a block that does nothing returns."""
+def note_returns(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+    """Note in what form a block returns its states, and which of its arguments it hands on beside them."""
+    block.reached = True
+    if not isinstance(output, tuple | list):
+        return
+    block.as_list = isinstance(output, list)
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    block.returns = [
+        next((place for place, argument in given if argument is value and value is not None), None)
+        for value in output[1:]
+    ]
+
+
+def handed_on(block: Block, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a block that does nothing returns, in the form in which it returned when it ran."""
     states = first_states(args, kwargs)
-    return (states,) if in_tuple else states
+    if block.returns is None:
+        return states
+    rest = [
+        None if place is None else args[place] if isinstance(place, int) else kwargs.get(place)
+        for place in block.returns
+    ]
+    return [states, *rest] if block.as_list else (states, *rest)
 
 
 class ExpertTensor(torch.Tensor):

@@ -21,6 +21,7 @@ from secateur.engine.inputs import inputs_of_window, output_tensor
 from secateur.engine.plan import Plan
 from secateur.engine.skeleton import build_skeleton, drop_tensor
 from secateur.engine.stream import BlockStream
+from secateur.errors import UnsupportedModelError
 from secateur.plugins import make_method
 from secateur.result import PrunedMatrix
 
@@ -172,10 +173,40 @@ def rehearse(
 ) -> None:
     """Run a short forward block by block on zeros, so that a model that cannot be streamed is known before work starts.
 
+    A model that looks at a weight outside the blocks without running the module that owns it can be streamed when all
+    of these stay in memory: ``binding.resident`` says so afterwards.
+
     Raises:
         UnsupportedModelError: with the reason.
     """
-    _forward(model, structure, binding, _Zeros(reader), probe_inputs(model, tokens=8))
+    try:
+        _forward(model, structure, binding, _Zeros(reader), probe_inputs(model, tokens=8))
+    except UnsupportedModelError as error:
+        binding.resident = True
+        try:
+            _forward(model, structure, binding, _Zeros(reader), probe_inputs(model, tokens=8))
+        except UnsupportedModelError:
+            binding.resident = False
+            raise error from None
+
+
+def runs_in(
+    dtype: torch.dtype, model: transformers.PreTrainedModel, structure: Structure, binding: Binding,
+    reader: CheckpointReader,
+) -> bool:  # fmt: skip
+    """Whether a rehearsed model also runs in a narrower number format: some mix it with numbers of their own."""
+    source = _Zeros(reader)
+    store = ActivationStore(None, Path(tempfile.gettempdir()))
+    stream = BlockStream(
+        model, structure, binding, source, NoSink(source), make_method("magnitude"), Plan(), store, compute_dtype=dtype
+    )
+    try:
+        stream.run([probe_inputs(model, tokens=8)])
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "scalar type" not in str(error):
+            raise
+        return False
+    return True
 
 
 def _forward(
@@ -197,9 +228,15 @@ def probe_inputs(model: transformers.PreTrainedModel, tokens: int = 32) -> dict[
     """A short, fixed input that suits the model: token ids spread over the vocabulary, or a fixed image."""
     config = model.config
     if model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", 224)
+        # The config of a vision model may hold that of its tower.
+        parts = [
+            config,
+            *(value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)),
+        ]
+        size = next((part.image_size for part in parts if getattr(part, "image_size", None)), 224)
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        shape = (1, getattr(config, "num_channels", 3), height, width)
+        channels = next((part.num_channels for part in parts if getattr(part, "num_channels", None)), 3)
+        shape = (1, channels, height, width)
         return {"pixel_values": torch.linspace(-1, 1, shape[1] * height * width).reshape(shape)}
     vocabulary = config.get_text_config().vocab_size
     ids = (torch.arange(1, tokens + 1) * 7919 % vocabulary)[None]

@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from secateur.errors import UnsupportedModelError
 
@@ -32,8 +33,10 @@ def skeleton_of(config: transformers.PreTrainedConfig) -> transformers.PreTraine
     """
     cls = model_class(config)
     # float32 whatever the config says: buffers that the code computes must not be rounded to a narrower format.
-    with init_empty_weights(include_buffers=False):
+    # No weight is initialised either: it would take most of the time, for numbers that nobody sees.
+    with no_init_weights(), init_empty_weights(include_buffers=False):
         model: transformers.PreTrainedModel = cls._from_config(config, dtype=torch.float32)
+    model.tie_weights(recompute_mapping=False)
     # Nothing is generated here, and a KV cache would only hold memory; experts must run one by one to be observed.
     for part in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
         if getattr(part, "use_cache", False):

@@ -143,7 +143,7 @@ class BlockStream:
         finally:
             for lane in lanes:
                 lane.stop()
-            self._release_outside()
+            self._release_outside(last=True)
             self.store.close()
 
     def _lane(self, inputs: Inputs, *, observed: bool) -> Lane:
@@ -287,6 +287,10 @@ class BlockStream:
         names = [name for name, _ in self.model.named_buffers() if name not in inside and self.binding.bound(name)]
         for name, tensor in self.binding.load(names, self.source).items():
             set_tensor(self.model, name, self._placed(name, tensor, torch.float32))
+        if self.binding.resident:
+            for name, _ in self.model.named_parameters():
+                if name not in inside and self.binding.bound(name):
+                    self._load_outside(name.rpartition(".")[0])
 
     def _load_outside(self, module_name: str) -> None:
         """A module outside the blocks is about to run: embedding, final norm, head."""
@@ -300,7 +304,9 @@ class BlockStream:
             set_tensor(self.model, name, placed)
             self._outside[name] = None
 
-    def _release_outside(self) -> None:
+    def _release_outside(self, *, last: bool = False) -> None:
+        if self.binding.resident and not last:
+            return
         for name in self._outside:
             drop_tensor(self.model, name)
         self._outside.clear()

@@ -13,7 +13,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secateur.engine.blocks import Structure
-from secateur.engine.capture import AtBlock, Finished, first_states, handed_on
+from secateur.engine.blocks import Block, Structure
+from secateur.engine.capture import AtBlock, Finished, first_states, handed_on, note_returns
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import drop_tensor
 from secateur.engine.stream import BlockStream
+from secateur.errors import UnsupportedModelError
 from secateur.progress import Reporter
 
 GREEDY_TOKENS = 2048
@@ -94,6 +95,8 @@ class StateStream(BlockStream):
 
 
 def _add(states: States, index: int, before: Tensor, after: Tensor, *, last: bool) -> None:
+    if before.shape != after.shape:  # a block that cannot hand on its input: nothing changes it more
+        after = -before
     cosine = F.cosine_similarity(before.reshape(-1, before.shape[-1]), after.reshape(-1, after.shape[-1]), dim=-1)
     states.cosine[index] = states.cosine.get(index, 0.0) + float(cosine.double().sum())
     states.tokens[index] = states.tokens.get(index, 0) + len(cosine)
@@ -102,28 +105,83 @@ def _add(states: States, index: int, before: Tensor, after: Tensor, *, last: boo
         states.last.setdefault(index + 1, []).append(after[:, -1].cpu())
 
 
-def least_influence(states: States, remove: int) -> list[int]:
-    """The blocks with the least influence, ascending; of equal ones the lower number."""
-    scores = states.influence()
-    return sorted(sorted(range(len(scores)), key=lambda index: (scores[index], index))[:remove])
+class Quotas:
+    """How many blocks may still go from each row.
+
+    Args:
+        counts: by row; None lets any go.
+        fixed: numbers of blocks that stay in any case.
+    """
+
+    def __init__(self, structure: Structure, counts: Mapping[str, int] | None, fixed: Collection[int] = ()) -> None:
+        self._rows = [block.row for block in structure.blocks]
+        self._left = (
+            {**dict.fromkeys(self._rows, 0), **counts}
+            if counts is not None
+            else dict.fromkeys(self._rows, len(self._rows))
+        )
+        self._fixed = frozenset(fixed)
+
+    def allows(self, index: int) -> bool:
+        """Whether a block may go."""
+        return self._left[self._rows[index]] > 0 and index not in self._fixed
+
+    def take(self, index: int) -> None:
+        """Note that a block goes."""
+        self._left[self._rows[index]] -= 1
 
 
-def smallest_angle(states: States, remove: int) -> list[int]:
-    """The run of blocks that turns its input least."""
-    scores = states.angular(remove)
-    start = min(range(len(scores)), key=lambda index: (scores[index], index))
+def least_influence(states: States, remove: int, quotas: Quotas | None = None) -> list[int]:
+    """The blocks with the least influence, ascending; of equal ones the lower number.
+
+    Raises:
+        UnsupportedModelError: when not so many may go.
+    """
+    scores = dict(zip(sorted(states.cosine), states.influence(), strict=True))
+    gone: list[int] = []
+    for index in sorted(scores, key=lambda index: (scores[index], index)):
+        if len(gone) < remove and (quotas is None or quotas.allows(index)):
+            gone.append(index)
+            if quotas is not None:
+                quotas.take(index)
+    _check_count(gone, remove)
+    return sorted(gone)
+
+
+def _check_count(gone: Sequence[int], remove: int) -> None:
+    if len(gone) < remove:
+        raise UnsupportedModelError(
+            f"only {len(gone)} of {remove} blocks can be left out: the model does not run without the others, "
+            "or they are the only ones of their build",
+            hint="choose a lower --sparsity, or another --structure",
+        )
+
+
+def smallest_angle(states: States, remove: int, quotas: Quotas | None = None) -> list[int]:
+    """The run of blocks that turns its input least.
+
+    Raises:
+        UnsupportedModelError: when every run holds a block that has to stay.
+    """
+    scores = dict(enumerate(states.angular(remove), start=min(states.last)))
+    runs = [run for run in scores if quotas is None or all(map(quotas.allows, range(run, run + remove)))]
+    if not runs:
+        _check_count([], remove)
+    start = min(runs, key=lambda index: (scores[index], index))
     return list(range(start, start + remove))
 
 
 def greedy_removal(
-    model: nn.Module, structure: Structure, remove: int, loss: Callable[[], float], reporter: Reporter
-) -> tuple[list[int], list[float]]:
+    model: nn.Module, structure: Structure, remove: int, loss: Callable[[], float], reporter: Reporter,
+    quotas: Quotas | None = None,
+) -> tuple[list[int], list[float]]:  # fmt: skip
     """Leave out one block after the other, each time the one without which ``loss()`` of the model is lowest.
 
     Returns:
         The blocks, ascending, and the loss after each removal.
     """
     total = len(structure.blocks)
+    quotas = quotas or Quotas(structure, None)
     gone: set[int] = set()
     losses: list[float] = []
     reporter.stage("leaving out blocks", sum(total - done for done in range(remove)))
@@ -132,36 +190,49 @@ def greedy_removal(
         for _ in range(remove):
             found: dict[int, float] = {}
             for index in range(total):
-                if index not in gone:
+                if index not in gone and quotas.allows(index):
                     gone.add(index)
-                    value = loss()
+                    value = _loss_if_any(loss)
                     found[index] = value if math.isfinite(value) else math.inf
                     gone.discard(index)
                     reporter.advance(f"block {index}")
-            best = min(found, key=lambda index: (found[index], index))
+            best = min(found, key=lambda index: (found[index], index), default=None)
+            if best is None or found[best] == math.inf:
+                _check_count(sorted(gone), remove)
+            assert best is not None
             gone.add(best)
+            quotas.take(best)
             losses.append(found[best])
     return sorted(gone), losses
+
+
+def _loss_if_any(loss: Callable[[], float]) -> float:
+    """The loss, or infinity where the model does not run: what comes behind may need what a block makes."""
+    try:
+        return loss()
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError):
+        return math.inf
 
 
 @contextmanager
 def skipping(model: nn.Module, structure: Structure, gone: set[int]) -> Iterator[None]:
     """While it lasts, the blocks whose numbers are in ``gone``, which may change, hand on what they get."""
-    in_tuple = [False]
 
-    def wrapped(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(block: Block, forward: Callable[..., Any]) -> Callable[..., Any]:
         def passing(*args: Any, **kwargs: Any) -> Any:
-            if index in gone:
-                return handed_on(args, kwargs, in_tuple=in_tuple[0])
+            if block.index in gone:
+                return handed_on(block, args, kwargs)
             output = forward(*args, **kwargs)
-            in_tuple[0] = isinstance(output, tuple)
+            note_returns(block, args, kwargs, output)
             return output
 
         return passing
 
     modules = [model.get_submodule(block.name) for block in structure.blocks]
     for block, module in zip(structure.blocks, modules, strict=True):
-        module.__dict__["forward"] = wrapped(block.index, module.forward)
+        module.__dict__["forward"] = wrapped(block, module.forward)
     try:
         yield
     finally:

@@ -2,21 +2,27 @@
 
 Nothing is known about families here. An entry of the config is a candidate because its value is the number of units
 now; it is the right one when the stock class, built from the changed config, has exactly the shapes that the cut
-tensors will have, in every block, and all other tensors as before.
+tensors will have, in every block, and all other tensors as before. Tensors inside a block whose length goes along with
+the number of units (a sink or a bias for every head) are cut as well; the proof decides whether that is right.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import transformers
 
+from secateur.engine.blocks import find_structure
 from secateur.engine.skeleton import model_class, skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
-from secateur.structured.couplings import Coupling, Kind
+from secateur.structured.couplings import Coupling, Cut, Kind
+from secateur.structured.entries import Entries, changed
+from secateur.structured.width_entries import attention_entries, neuron_entries
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -26,7 +32,13 @@ class Shrunk:
     """A model without weights in its new shapes, and the config entries that make it: key path -> value."""
 
     skeleton: transformers.PreTrainedModel
-    changes: dict[tuple[str, ...], Any]
+    changes: Entries
+    couplings: list[Coupling] = field(default_factory=list)
+    """Those that were asked for, with the cuts of tensors that go along."""
+    kept: dict[str, int] = field(default_factory=dict)
+    """By group: units that stay."""
+    unsaid: list[str] = field(default_factory=list)
+    """Groups whose number no entry says, while one says that of others: all of their units stay."""
 
 
 def shapes_of(model: transformers.PreTrainedModel) -> Shapes:
@@ -34,11 +46,11 @@ def shapes_of(model: transformers.PreTrainedModel) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
-def cut_shapes(shapes: Shapes, couplings: Sequence[Coupling], kept: Mapping[Kind, int]) -> Shapes:
-    """Shapes after the cut: of each coupling ``kept[kind]`` units stay."""
+def cut_shapes(shapes: Shapes, couplings: Sequence[Coupling], kept: Mapping[Any, int]) -> Shapes:
+    """Shapes after the cut: of each coupling ``kept[group]`` units stay."""
     made = dict(shapes)
     for coupling in couplings:
-        gone = coupling.units - kept[coupling.kind]
+        gone = coupling.units - kept[coupling.group]
         for cut in coupling.cuts:
             shape = list(made[cut.name])
             shape[cut.dim] -= gone * cut.indices.shape[1]
@@ -46,52 +58,76 @@ def cut_shapes(shapes: Shapes, couplings: Sequence[Coupling], kept: Mapping[Kind
     return made
 
 
-def shrink(config: transformers.PreTrainedConfig, couplings: Sequence[Coupling], kept: Mapping[Kind, int]) -> Shrunk:
+def shrink(config: transformers.PreTrainedConfig, couplings: Sequence[Coupling], kept: Mapping[Any, int]) -> Shrunk:
     """Find the config of the smaller model.
 
     Args:
         config: of the whole model, as it was read.
-        couplings: of all blocks, only of the kinds in ``kept``.
-        kept: units that stay, by kind.
+        couplings: of all blocks, only of the groups in ``kept``.
+        kept: units that stay, by group.
 
     Raises:
-        UnsupportedModelError: when no entries of the config give the wanted shapes.
+        UnsupportedModelError: when no entries of the config give the wanted shapes for any group of a kind.
         SparsityError: when they would for other numbers of units; the nearest are named.
     """
-    changes: dict[tuple[str, ...], Any] = {}
-    current = skeleton_of(copy.deepcopy(config))
-    for kind, count in kept.items():
-        own = [coupling for coupling in couplings if coupling.kind == kind]
-        wanted = cut_shapes(shapes_of(current), own, kept)
-        shrunk = _search(changed(config, changes), own[0], count, wanted)
-        if shrunk is None and (legal := _legal_near(changed(config, changes), current, own, count)):
+    found = Shrunk(skeleton_of(copy.deepcopy(config)), {})
+    refused: dict[str, UnsupportedModelError] = {}
+    for group, count in kept.items():
+        if group in found.kept:
+            continue
+        own = [coupling for coupling in couplings if coupling.group == group]
+        more = _more_shrunk(config, found, own, [c for c in couplings if c.group not in found.kept], kept)
+        if more is None and (legal := _legal_near(config, found, own, count)):
             raise SparsityError(
-                f"{count} of {own[0].units} {noun(kind)} are not legal in a {type(config).__name__}",
+                f"{count} of {own[0].units} {noun(own[0].kind)} are not legal in a {type(config).__name__}",
                 hint=f"the nearest numbers that are: {', '.join(map(str, legal))}; choose another --sparsity",
             )
-        if shrunk is None:
-            raise UnsupportedModelError(
+        if more is None:
+            refused[group] = UnsupportedModelError(
                 f"the config of {model_class(config).__name__} has no entries for {count} of {own[0].units} "
-                f"{noun(kind)} in every block",
+                f"{noun(own[0].kind)} in every block",
                 hint="this structure is bound to other sizes there; another --structure may be free",
             )
-        changes |= shrunk.changes
-        current = shrunk.skeleton
-    return Shrunk(current, changes)
+        else:
+            found = more
+    unsaid = [group for group in refused if group not in found.kept]
+    said = {coupling.kind for coupling in couplings if coupling.group in found.kept}
+    for coupling in couplings:
+        if coupling.group in unsaid and coupling.kind not in said:
+            raise refused[coupling.group]
+    return dataclasses.replace(found, unsaid=unsaid)
 
 
-def _legal_near(config: Any, current: Any, own: Sequence[Coupling], count: int) -> list[int]:
+def _more_shrunk(
+    config: Any, found: Shrunk, own: Sequence[Coupling], rest: Sequence[Coupling], kept: Mapping[Any, int]
+) -> Shrunk | None:
+    """With one group cut as well; where one entry says it for several groups, with these in proportion."""
+    lead = own[0]
+    count = kept[lead.group]
+    alike = [coupling for coupling in rest if coupling.kind == lead.kind]
+    groups = list(dict.fromkeys(coupling.group for coupling in alike if coupling.group != lead.group))
+    for others in [[], *([group] for group in groups), *([groups] if len(groups) > 1 else [])]:
+        together = [coupling for coupling in alike if coupling.group in {lead.group, *others}]
+        if any(count * coupling.units % lead.units for coupling in together):
+            continue
+        stay = {coupling.group: count * coupling.units // lead.units for coupling in together}
+        if (more := _search(config, found, together, stay)) is not None:
+            return more
+    return None
+
+
+def _legal_near(config: Any, found: Shrunk, own: Sequence[Coupling], count: int) -> list[int]:
     """The nearest legal numbers of units below and above one that is not; for attention, where there are few."""
     first = own[0]
     if first.heads is None:
         return []
-    found = []
+    legal = []
     for numbers in (range(count - first.parts, 0, -first.parts), range(count + first.parts, first.units, first.parts)):
         for number in numbers:
-            if _search(config, first, number, cut_shapes(shapes_of(current), own, {first.kind: number})) is not None:
-                found.append(number)
+            if _search(config, found, own, {first.group: number}) is not None:
+                legal.append(number)
                 break
-    return found
+    return legal
 
 
 def noun(kind: Kind) -> str:
@@ -99,91 +135,69 @@ def noun(kind: Kind) -> str:
     return {"ffn": "neurons", "kv-groups": "key-value groups", "heads": "query heads"}[kind]
 
 
-def changed(config: transformers.PreTrainedConfig, changes: Mapping[tuple[str, ...], Any]) -> Any:
-    """A copy of a config with entries replaced, made the way a file with these entries would be read."""
-    if not changes:
-        return copy.deepcopy(config)
-    return type(config).from_dict(apply_changes(config.to_dict(), changes))
-
-
-def apply_changes(data: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """A copy of plain config data with entries replaced or added."""
-    made = copy.deepcopy(dict(data))
-    for path, value in changes.items():
-        place = made
-        for key in path[:-1]:
-            place = place.setdefault(key, {})
-        place[path[-1]] = value
-    return made
-
-
-def as_spelled(
-    changes: Mapping[tuple[str, ...], Any], config: transformers.PreTrainedConfig, data: Mapping[str, Any]
-) -> dict[tuple[str, ...], Any]:
-    """Changes under the names that a config file uses: a class may know an entry by several (``attribute_map``).
-
-    Args:
-        config: as the class read it.
-        data: the plain data of the file.
-    """
-    made: dict[tuple[str, ...], Any] = {}
-    for path, value in changes.items():
-        part: Any = config
-        place: Any = data
-        for key in path[:-1]:
-            part, place = getattr(part, key, None), place.get(key, {}) if isinstance(place, Mapping) else {}
-        names = [alias for alias, real in dict(getattr(part, "attribute_map", {})).items() if real == path[-1]]
-        used = [name for name in (path[-1], *names) if name in place] or [path[-1]]
-        made |= {(*path[:-1], name): value for name in used}
-    return made
-
-
-def _search(config: Any, coupling: Coupling, count: int, wanted: Shapes) -> Shrunk | None:
-    part, path = _part_of(config)
-    for entries in _candidates(part, coupling, count):
-        changes = {(*path, key): value for key, value in entries.items()}
+def _search(config: Any, found: Shrunk, own: Sequence[Coupling], kept: Mapping[str, int]) -> Shrunk | None:
+    """The first entries that cut these couplings and nothing else."""
+    before = shapes_of(found.skeleton)
+    wanted = cut_shapes(before, own, kept)
+    matrices = {matrix.name for matrix in find_structure(found.skeleton).matrices}
+    current = changed(config, found.changes)
+    for entries in _candidates(current, own, kept):
         try:
-            skeleton = skeleton_of(changed(config, changes))
+            skeleton = skeleton_of(changed(current, entries))
         except Exception:  # noqa: BLE001 - a config may refuse values in any way; then it was not this entry
             continue
-        if shapes_of(skeleton) == wanted:
-            return Shrunk(skeleton, changes)
+        cut = _going_along(before, wanted, shapes_of(skeleton), own, kept, matrices)
+        if cut is not None:
+            return Shrunk(skeleton, found.changes | entries, found.couplings + cut, found.kept | dict(kept))
     return None
 
 
-def _part_of(config: Any) -> tuple[Any, tuple[str, ...]]:
-    """The part of the config that describes the blocks, and where it stands in the whole."""
-    text = config.get_text_config()
-    if text is config:
-        return config, ()
-    for name in getattr(config, "sub_configs", {}):
-        if getattr(config, name, None) is text:
-            return text, (name,)
-    return config, ()
+def _candidates(config: Any, own: Sequence[Coupling], kept: Mapping[str, int]) -> Iterator[Entries]:
+    """Entries that may say the number of any of the groups."""
+    for lead in {coupling.group: coupling for coupling in own}.values():
+        entries = neuron_entries if lead.heads is None else attention_entries
+        yield from entries(config, lead, kept[lead.group])
 
 
-def _candidates(config: Any, coupling: Coupling, count: int) -> Iterator[dict[str, Any]]:
-    """Entries that may set the number of units, the likeliest first."""
-    known: dict[str, Any] = config.to_dict()
-    if coupling.heads is None:
-        for key, value in known.items():
-            if type(value) is int and value == coupling.units:
-                yield {key: count}
-        # GPT-2 computes its width from another entry as long as its own one is empty.
-        for key, value in known.items():
-            if value is None and "inner" in key:
-                yield {key: count}
-        return
-    heads, real = coupling.heads, dict(getattr(config, "attribute_map", {}))
-    query = real.get("num_attention_heads", "num_attention_heads")
-    groups = [key for key in ("num_key_value_heads", "num_kv_heads") if key in known]
-    left = count * heads.each if coupling.kind == "kv-groups" else count
-    base = {query: left}
-    if coupling.kind == "kv-groups":
-        base |= dict.fromkeys(groups, count)
-    elif heads.groups == heads.query:
-        base |= dict.fromkeys(groups, left)
-    size = real.get("head_dim", "head_dim")
-    if size in known or hasattr(config, size):
-        yield {**base, size: heads.size}
-    yield base
+def _going_along(
+    before: Shapes, wanted: Shapes, made: Shapes, own: Sequence[Coupling], kept: Mapping[str, int],
+    matrices: Collection[str],
+) -> list[Coupling] | None:  # fmt: skip
+    """The couplings with cuts for tensors that became shorter with them; None when a shape cannot be explained so.
+
+    Matrices never go along: they are couplings of their own, or else what feeds them is not known.
+    """
+    if wanted.keys() != made.keys():
+        return None
+    extra: dict[int, list[Cut]] = {}
+    for name in (name for name in wanted if wanted[name] != made[name]):
+        old, new = before[name], made[name]
+        place = _nearest(own, name)
+        if wanted[name] != old or len(old) != len(new) or place is None or name in matrices:
+            return None
+        coupling = own[place]
+        dims = [dim for dim, (was, now) in enumerate(zip(old, new, strict=True)) if was != now]
+        each, rest = divmod(old[dims[0]], coupling.units)
+        if len(dims) > 1 or rest or not each or new[dims[0]] != each * kept[coupling.group]:
+            return None
+        indices = torch.arange(old[dims[0]]).reshape(coupling.units, each)
+        extra.setdefault(place, []).append(Cut(name, dims[0], indices))
+    return [
+        dataclasses.replace(coupling, cuts=(*coupling.cuts, *extra.get(place, ())))
+        for place, coupling in enumerate(own)
+    ]
+
+
+def _nearest(own: Sequence[Coupling], name: str) -> int | None:
+    """Number of the coupling whose consumer has the longest common path with a tensor of the same block."""
+    parts = name.split(".")
+    best: tuple[int, int] | None = None
+    for place, coupling in enumerate(own):
+        shared = 0
+        for ours, theirs in zip(parts, coupling.consumer.split("."), strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        if any(part.isdigit() for part in parts[:shared]) and (best is None or shared > best[0]):
+            best = shared, place
+    return None if best is None else best[1]

@@ -8,13 +8,16 @@ blocks skipped and the model without them agree is tried on random weights befor
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.view import CheckpointView
@@ -25,8 +28,9 @@ from secateur.engine.forward import NoSink, forward_outputs, probe_inputs
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
-from secateur.structured.configure import changed
-from secateur.structured.explore import RandomTensors
+from secateur.structured.entries import changed
+from secateur.structured.explore import RandomTensors, signature
+from secateur.structured.fewer import Row, fewer_blocks
 from secateur.structured.proof import TOLERANCE
 
 
@@ -50,28 +54,40 @@ class DepthPlan:
         return f"blocks: {self.blocks} -> {len(self.kept)}, without {', '.join(map(str, gone))}"
 
 
-def block_count(structure: Structure, share: float) -> int:
-    """Blocks to remove for a share of the prunable weights.
+def row_counts(structure: Structure, share: float) -> dict[str, int]:
+    """Blocks to remove from each row (an encoder and a decoder are two) for a share of the prunable weights.
+
+    Rows that no forward has reached, such as a vision tower when the model read text, stay whole.
 
     Raises:
-        UnsupportedModelError: when the blocks are not one row.
-        SparsityError: when the request comes to no block, or to all of them.
+        SparsityError: when the request comes to no block, or to all of a row.
     """
-    rows = {block.name.rpartition(".")[0] for block in structure.blocks}
-    if len(rows) > 1:
-        raise UnsupportedModelError(
-            f"the blocks are {len(rows)} rows ({', '.join(sorted(rows))}), and leaving some out is not possible yet",
-            hint="choose another --structure",
-        )
-    total = len(structure.blocks)
-    wanted = share * total
-    count = round(wanted)
-    if not 0 < count < total:
+    rows = Counter(block.row for block in structure.blocks if block.reached)
+    counts = {row: round(share * total) for row, total in rows.items()}
+    if not any(counts.values()) or any(count >= rows[row] for row, count in counts.items()):
+        total = max(rows.values())
+        where = "" if len(rows) == 1 else f" in each of {len(rows)} rows"
         raise SparsityError(
-            f"{wanted:.2f} of {total} blocks cannot be left out",
-            hint=f"one block is {1 / total:.1%} of the weights, and at least one stays; choose another --sparsity",
+            f"{share * total:.2f} of {total} blocks cannot be left out{where}",
+            hint=f"one block is {1 / total:.1%} of its row, and at least one stays; choose another --sparsity",
         )
-    return count
+    return counts
+
+
+def block_count(structure: Structure, share: float) -> int:
+    """Blocks to remove for a share of the prunable weights, in all rows together.
+
+    Raises:
+        SparsityError: when the request comes to no block, or to all of a row.
+    """
+    return sum(row_counts(structure, share).values())
+
+
+def unlike_others(model: nn.Module, structure: Structure) -> list[int]:
+    """Numbers of blocks that are the only ones of their build in their row: the config may count on their place."""
+    builds = [(block.row, signature(block, model)) for block in structure.blocks]
+    often = Counter(builds)
+    return [block.index for block, build in zip(structure.blocks, builds, strict=True) if often[build] == 1]
 
 
 def without_blocks(
@@ -90,20 +106,30 @@ def without_blocks(
     """
     total = len(structure.blocks)
     kept = [index for index in range(total) if index not in set(gone)]
+    rows = [Row(list(group), set(gone)) for _, group in groupby(range(total), lambda i: structure.blocks[i].row)]
     origin = _renumbered(structure, binding, reader, kept)
     probe = probe_inputs(model, tokens=12)
-    expected = _answer(model, structure, binding, RandomTensors(reader), probe, frozenset(gone))
+    try:
+        expected = _answer(model, structure, binding, RandomTensors(reader), probe, frozenset(gone))
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run without these blocks: {(str(error).splitlines() or ['?'])[0]}",
+            hint="choose another --structure",
+        ) from error
     reason = "its config has no entry for the number of its blocks"
-    for entries in _candidates(config, total, kept):
+    for entries in fewer_blocks(config, rows):
         try:
             skeleton = skeleton_of(changed(config, entries))
-        except Exception:  # noqa: BLE001 - a config may refuse values in any way; then it was not this entry
+            small, view = find_structure(skeleton), CheckpointView(reader.folder, origin)
+            own = Binding(skeleton, view.keys)
+            own.resident = binding.resident
+            if len(small.blocks) != len(kept) or own.missing or len(own.unbound) > len(binding.unbound):
+                continue
+            found = _answer(skeleton, small, own, RandomTensors(view, origin), probe, frozenset())
+        except Exception:  # noqa: BLE001 - a config may refuse values in any way; then it was not these entries
             continue
-        small, view = find_structure(skeleton), CheckpointView(reader.folder, origin)
-        own = Binding(skeleton, view.keys)
-        if len(small.blocks) != len(kept) or own.missing or len(own.unbound) > len(binding.unbound):
+        if found.shape != expected.shape:
             continue
-        found = _answer(skeleton, small, own, RandomTensors(view, origin), probe, frozenset())
         difference = float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
         if difference <= TOLERANCE:
             return DepthPlan(kept, total, skeleton, entries, origin, difference)
@@ -118,7 +144,11 @@ def _renumbered(
 ) -> dict[str, str]:
     """New key -> old key: blocks that stay have new numbers, everything outside the blocks keeps its name."""
     of_block = {key: block for block in structure.blocks for key in binding.keys_of(block.tensors)}
-    numbers = {structure.blocks[old].name: new for new, old in enumerate(kept)}
+    numbers: dict[str, int] = {}
+    in_row: Counter[str] = Counter()
+    for stays in (structure.blocks[old] for old in kept):
+        numbers[stays.name] = in_row[stays.row]
+        in_row[stays.row] += 1
     origin: dict[str, str] = {}
     for key in reader.keys:
         block = of_block.get(key)
@@ -126,8 +156,8 @@ def _renumbered(
             origin[key] = key
         elif block.name in numbers:
             parts = key.split(".")
-            place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-            if place is None or parts[place] != block.name.rpartition(".")[2]:
+            place = _place_of_number(parts, block.name)
+            if place is None:
                 raise UnsupportedModelError(
                     f"tensor {key} does not say in its name that it is in block {block.index}",
                     hint="blocks of this model cannot be numbered anew",
@@ -137,28 +167,13 @@ def _renumbered(
     return origin
 
 
-def _candidates(
-    config: transformers.PreTrainedConfig, total: int, kept: Sequence[int]
-) -> Iterator[dict[tuple[str, ...], Any]]:
-    """Config entries for fewer blocks: the number, lists with an entry a block, lists of block numbers."""
-    known = config.to_dict()
-    name = dict(getattr(config, "attribute_map", {})).get("num_hidden_layers", "num_hidden_layers")
-    lists = {
-        key: [value[i] for i in kept] for key, value in known.items() if isinstance(value, list) and len(value) == total
-    }
-    numbers = {
-        key: [kept.index(i) for i in value if i in kept]
-        for key, value in known.items()
-        if isinstance(value, list) and len(value) != total and "layer" in key and value
-        and all(type(i) is int and 0 <= i < total for i in value)
-    }  # fmt: skip
-    base: dict[tuple[str, ...], Any] = {(name,): len(kept)}
-    cut = {**base, **{(key,): value for key, value in lists.items()}}
-    yield {**cut, **{(key,): value for key, value in numbers.items()}}
-    if numbers:
-        yield cut
-    if lists:
-        yield base
+def _place_of_number(parts: Sequence[str], block: str) -> int | None:
+    """Where in a checkpoint key the number of its block stands; a stage or a prefix may bring other numbers."""
+    row, _, number = block.rpartition(".")
+    above = row.rpartition(".")[2]
+    places = [i for i, part in enumerate(parts) if part == number]
+    behind = [i for i in places if i and parts[i - 1] == above]
+    return next(iter(behind or places), None)
 
 
 def _answer(

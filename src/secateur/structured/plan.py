@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import transformers
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from secateur.engine.blocks import Block, Structure
 from secateur.errors import SparsityError, UnsupportedModelError
 from secateur.structured.configure import Shrunk, noun, shapes_of, shrink
 from secateur.structured.couplings import Coupling, Kind, find_couplings
+from secateur.structured.expert_neurons import find_expert_neurons
 from secateur.structured.explore import Call, signature, visit_blocks
 from secateur.structured.proof import prove, spread_units
 from secateur.structured.stream import Job
@@ -23,24 +25,29 @@ from secateur.structured.stream import Job
 
 @dataclass
 class WidthPlan:
-    """Units to remove from every block, proved on random weights."""
+    """Units to remove from every block that has them, proved on random weights."""
 
     jobs: dict[int, list[Job]]
     shrunk: Shrunk
-    units: dict[Kind, tuple[int, int]]
-    """By kind: units of a block before and after."""
+    units: dict[str, tuple[int, int]]
+    """By kind, and where blocks differ by kind and number: units of a block before and after."""
     couplings: list[Coupling]
     """All that are cut, in all blocks."""
     removed: int
     """Prunable weights that go, in all blocks together."""
+    unsaid: list[str] = field(default_factory=list)
+    """Groups of units that stay whole, because the config does not name their number."""
     differences: dict[str, float] = field(default_factory=dict)
     """By block that was tried: difference between units at zero and units removed."""
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        blocks = len(self.jobs)
-        return [f"{noun(kind)}: {before:,} -> {after:,} in each of {blocks} blocks" for kind, (before, after) in
-                self.units.items()]  # fmt: skip
+        lines = []
+        for group, (before, after) in self.units.items():
+            own = [coupling for coupling in self.couplings if coupling.group == group]
+            blocks = sum(any(job.coupling.group == group for job in jobs) for jobs in self.jobs.values())
+            lines.append(f"{noun(own[0].kind)}: {before:,} -> {after:,} in each of {blocks} blocks")
+        return lines + [f"{group} stay: the config has no entry for their number" for group in self.unsaid]
 
 
 def couplings_of_blocks(
@@ -52,11 +59,15 @@ def couplings_of_blocks(
         UnsupportedModelError: when the model cannot be run block by block.
     """
     seen: dict[object, tuple[Block, list[Coupling]]] = {}
-    config = model.config.get_text_config()
 
     def visit(block: Block, module: nn.Module, call: Call, tensors: dict[str, Tensor]) -> None:
         args, kwargs = call
-        found = find_couplings(block, module, lambda: module(*args, **kwargs), tensors, config)
+
+        def run() -> Any:
+            return module(*args, **kwargs)
+
+        found = find_couplings(block, module, run, tensors, model.config)
+        found += find_expert_neurons(block, module, run, tensors)
         seen[signature(block, model)] = block, found
 
     visit_blocks(model, structure, binding, reader, visit)
@@ -87,26 +98,38 @@ def plan_widths(
     every = couplings_of_blocks(model, structure, binding, reader)
     total = sum(matrix.size for matrix in structure.matrices)
     shapes = shapes_of(model)
-    kept: dict[Kind, int] = {}
-    units: dict[Kind, tuple[int, int]] = {}
-    jobs: dict[int, list[Job]] = {block.index: [] for block in structure.blocks}
-    chosen: list[Coupling] = []
-    removed = 0
-    for name in kinds:
-        kind = cast(Kind, name)
-        own = _of_kind(every, kind, structure)
-        each = sum(_weights_of_unit(coupling, shapes) for coupling in own)
-        before = own[0].units
-        after = _stay(kind, own[0], before - sparsity * total / len(kinds) / each, round_to)
-        units[kind], kept[kind] = (before, after), after
-        removed += (before - after) * each
-        for index, couplings in every.items():
-            jobs[index] += [Job(coupling, after) for coupling in couplings if coupling.kind == kind]
-        chosen += own
-    shrunk = shrink(config, chosen, kept)
-    plan = WidthPlan(jobs, shrunk, units, chosen, removed)
+
+    def shrunk_without(unsaid: Sequence[str]) -> Shrunk:
+        kept: dict[str, int] = {}
+        chosen: list[Coupling] = []
+        for name in kinds:
+            own = [c for c in _of_kind(every, cast(Kind, name), structure) if c.group not in unsaid]
+            # Of every coupling the same share goes, also where they have different numbers of units.
+            share = sparsity * total / len(kinds) / sum(c.units * _weights_of_unit(c, shapes) for c in own)
+            for coupling in own:
+                if coupling.group not in kept:
+                    kept[coupling.group] = _stay(coupling, coupling.units * (1 - share), round_to)
+            chosen += own
+        return shrink(config, chosen, kept)
+
+    shrunk = shrunk_without([])
+    unsaid = list(shrunk.unsaid)
+    if unsaid:  # the others give what these do not
+        shrunk = shrunk_without(unsaid)
+    units = {coupling.group: (coupling.units, shrunk.kept[coupling.group]) for coupling in shrunk.couplings}
+    jobs: dict[int, list[Job]] = {
+        block.index: [
+            Job(coupling, shrunk.kept[coupling.group]) for coupling in shrunk.couplings
+            if coupling.consumer.startswith(block.name + ".")
+        ]
+        for block in structure.blocks
+    }  # fmt: skip
+    removed = sum((c.units - shrunk.kept[c.group]) * _weights_of_unit(c, shapes) for c in shrunk.couplings)
+    plan = WidthPlan(jobs, shrunk, units, shrunk.couplings, removed, unsaid)
 
     def visit(block: Block, module: nn.Module, call: Call, tensors: dict[str, Tensor]) -> None:
+        if not jobs[block.index]:
+            return
         choices = [(job.coupling, spread_units(job.coupling, job.stay)) for job in jobs[block.index]]
         plan.differences[block.name] = prove(block, model, shrunk.skeleton, call, tensors, choices)
 
@@ -115,29 +138,23 @@ def plan_widths(
 
 
 def _of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Structure) -> list[Coupling]:
-    """The couplings of one kind in all blocks, which must be alike."""
-    found = []
-    for block in structure.blocks:
-        here = [coupling for coupling in every[block.index] if coupling.kind == kind]
-        if not here:
-            experts = any(matrix.experts for matrix in block.matrices)
-            raise UnsupportedModelError(
-                f"{block.name} has no {noun(kind)} that can be removed"
-                + (": its feed-forward network is made of experts" if experts and kind == "ffn" else ""),
-                hint="choose another --structure; without one, single weights are pruned",
-            )
-        found += here
-    counts = sorted({coupling.units for coupling in found})
-    if len(counts) > 1:
+    """The couplings of one kind in all blocks that have them; those with other numbers of units make other groups."""
+    found = [coupling for block in structure.blocks for coupling in every[block.index] if coupling.kind == kind]
+    if not found:
+        experts = kind == "ffn" and any(matrix.experts for matrix in structure.matrices)
         raise UnsupportedModelError(
-            f"blocks have different numbers of {noun(kind)}: {', '.join(map(str, counts))}",
-            hint="a config has one number for all of them; choose another --structure",
+            f"no block has {noun(kind)} that can be removed"
+            + (": the feed-forward networks are made of experts" if experts else ""),
+            hint="choose another --structure; without one, single weights are pruned",
         )
-    return found
+    if len({coupling.units for coupling in found}) == 1:
+        return found
+    return [dataclasses.replace(coupling, group=f"{kind} of {coupling.units}") for coupling in found]
 
 
-def _stay(kind: Kind, coupling: Coupling, wanted: float, round_to: int) -> int:
+def _stay(coupling: Coupling, wanted: float, round_to: int) -> int:
     """The nearest number of units that is legal."""
+    kind = coupling.kind
     step = round_to if kind == "ffn" else coupling.parts
     units = coupling.units
     after = min(round(wanted / step) * step, units)
@@ -163,8 +180,8 @@ def _weights_of_unit(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) 
     total = 0
     for cut in coupling.cuts:
         shape = shapes[cut.name]
-        if len(shape) == 2:
-            total += shape[1 - cut.dim] * cut.indices.shape[1]
+        if "bias" not in cut.name.rpartition(".")[2] and len(shape) in (2, 3):
+            total += math.prod(shape) // shape[cut.dim] * cut.indices.shape[1]
     return total
 
 

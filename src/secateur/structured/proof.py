@@ -37,11 +37,13 @@ def cut_tensors(tensors: Mapping[str, Tensor], choices: Sequence[tuple[Coupling,
 
 def zero_units(tensors: Mapping[str, Tensor], coupling: Coupling, units: Tensor) -> dict[str, Tensor]:
     """The tensors with zeros in the consumer's columns of all units but the chosen ones."""
-    gone = torch.ones(coupling.units, dtype=torch.bool)
-    gone[units] = False
     cut = coupling.cuts[0]
     weight = tensors[cut.name].clone()
-    weight.index_fill_(cut.dim, cut.indices[gone].reshape(-1), 0.0)
+    stacked = units.ndim == 2  # units of each expert
+    for part, stay in zip(weight, units, strict=True) if stacked else [(weight, units)]:
+        gone = torch.ones(coupling.units, dtype=torch.bool)
+        gone[stay] = False
+        part.index_fill_(cut.dim - stacked, cut.indices[gone].reshape(-1), 0.0)
     return {**tensors, cut.name: weight}
 
 
@@ -75,7 +77,7 @@ def prove(
         expected = output_tensor(whole.get_submodule(block.name)(*args, **kwargs)).float()
         try:
             found = output_tensor(small.get_submodule(block.name)(*args, **kwargs)).float()
-        except (RuntimeError, ValueError, IndexError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise UnsupportedModelError(
                 f"{block.name} cannot be run with fewer {names}: {reason}", hint="choose another --structure"

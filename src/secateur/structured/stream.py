@@ -10,6 +10,7 @@ no better in perplexity; it takes a dense forward beside the other one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,7 +26,7 @@ from secateur.plugins import Criterion, Units
 from secateur.result import PrunedMatrix
 from secateur.statistics import InputStatistics
 from secateur.structured.couplings import Coupling
-from secateur.structured.proof import cut_tensors, zero_units
+from secateur.structured.proof import cut_tensors
 
 
 @dataclass(frozen=True)
@@ -57,31 +58,37 @@ class UnitStream(BlockStream):
         if lanes:
             self._install(block, final, self.compute_dtype)
         whole = dict(final)
+        for job in jobs:
+            if job.coupling.experts:  # their slices change one by one
+                whole[job.coupling.consumer] = whole[job.coupling.consumer].clone()
         solved: list[_Solved] = []
-        waiting = {job.coupling.consumer: job for job in jobs}
+        waiting = {
+            (job.coupling.consumer, expert): job for job in jobs for expert in range(max(job.coupling.experts, 1))
+        }
         for lane in lanes:
             self._to_consumer(lane, waiting)
-        while at := {lane.event.name for lane in lanes if isinstance(lane.event, AtMatrix)}:
-            name = min(at, key=lambda name: order[name, 0])
-            here = [lane for lane in lanes if isinstance(lane.event, AtMatrix) and lane.event.name == name]
-            job = waiting.pop(name)
-            solved.append(self._solve(job, specs[name], whole, self._seen(here, specs[name])))
+        while at := {(lane.event.name, lane.event.expert) for lane in lanes if isinstance(lane.event, AtMatrix)}:
+            place = name, expert = min(at, key=order.__getitem__)
+            here = [lane for lane in lanes if isinstance(lane.event, AtMatrix) and _place(lane.event) == place]
+            job = waiting.pop(place)
+            solved.append(self._solve(job, expert, specs[name], whole, self._seen(here, specs[name])))
             self._put(specs[name], whole)
             for lane in here:
                 self._to_consumer(lane, waiting)
         for lane in lanes:
             lane.last_input = None
         # What no calibration token reached, or all where none are needed.
-        solved += [self._solve(job, specs[job.coupling.consumer], whole, None) for job in waiting.values()]
+        solved += [self._solve(job, expert, specs[name], whole, None) for (name, expert), job in waiting.items()]
         final.update(whole)
-        self._choices[block.index] = [(one.job.coupling, one.units) for one in solved]
+        of_job = [sorted((one for one in solved if one.job is job), key=lambda one: one.expert) for job in jobs]
+        self._choices[block.index] = [(parts[0].job.coupling, _units_of(parts)) for parts in of_job]
         made = self._as_written(block, final)
-        return [self._report(one, specs, made) for one in solved]
+        return [self._report(parts, specs, made) for parts in of_job]
 
-    def _to_consumer(self, lane: Lane, waiting: Mapping[str, Job]) -> None:
+    def _to_consumer(self, lane: Lane, waiting: Mapping[tuple[str, int], Job]) -> None:
         """Let a forward go on to the next matrix that is to be solved, or out of the block."""
         self._advance(lane)
-        while isinstance(lane.event, AtMatrix) and lane.event.name not in waiting:
+        while isinstance(lane.event, AtMatrix) and _place(lane.event) not in waiting:
             self._advance(lane)
 
     def _as_written(self, block: Block, final: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -98,7 +105,8 @@ class UnitStream(BlockStream):
         choices = [(job.coupling, stayed[job.coupling.consumer]) for job in self.jobs.get(block.index, ())]
         cut = self._changed(block, done)
         read = self.binding.load([name for name in names if name not in cut], self.sink.reader())
-        read |= {name: self.sink.reader().tensor(self.binding.unit_of(name).keys[0]) for name in names if name in cut}
+        for name in cut.intersection(names):
+            read[name] = self.binding.convert(self.binding.unit_of(name), self.sink.reader())[name]
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict(keep_vars=True).items()}
         return _padded(read, shapes, choices)
 
@@ -114,12 +122,14 @@ class UnitStream(BlockStream):
             self.store.park(lane.watcher)
         return seen
 
-    def _solve(self, job: Job, spec: MatrixSpec, whole: dict[str, Tensor], seen: _Seen | None) -> _Solved:
+    def _solve(self, job: Job, expert: int, spec: MatrixSpec, whole: dict[str, Tensor], seen: _Seen | None) -> _Solved:
         """Choose the units of a consumer, refit it, and put it into ``whole`` with zeros where units go."""
         coupling = job.coupling
         bias_name = _bias_of(coupling)
         bias = whole[bias_name].to(self.device, torch.float32) if bias_name in whole else None
-        weight = spec.slices(whole[spec.name])[0].to(self.device, torch.float32)
+        weight = spec.slices(whole[spec.name])[expert].to(self.device, torch.float32)
+        unseen = coupling.experts and seen is None and (self.criterion is None or self.criterion.data)
+        notes = ["no calibration token reached it"] if unseen else []
         seen = seen or _Seen.blind(spec.in_features, self.device)
         gram = seen.gram if bias is not None else seen.gram[:-1, :-1]
         start = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
@@ -128,8 +138,9 @@ class UnitStream(BlockStream):
         columns = coupling.columns.to(self.device)
         units = self.criterion.choose(
             Units(
-                weight=weight, columns=columns, feeding=self._feeding(coupling, whole), gram=seen.gram[:-1, :-1],
-                sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]), problem=problem, parts=coupling.parts,
+                weight=weight, columns=columns, feeding=self._feeding(coupling, expert, whole),
+                gram=seen.gram[:-1, :-1], sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]), problem=problem,
+                parts=coupling.parts,
             ),
             coupling.units - job.stay,
         )  # fmt: skip
@@ -142,46 +153,62 @@ class UnitStream(BlockStream):
             made = torch.zeros_like(problem.start)
             made[stays] = problem.start[stays]
         loss = problem.loss(made) - problem.loss(problem.best(torch.arange(len(gram), device=self.device)))
-        self._store(spec.name, whole, made[: spec.in_features].t(), spec)
+        # What stays is refitted, what goes is exactly zero: `best` and the branch without it leave no other columns.
+        refitted = self._rounded(spec.name, made[: spec.in_features].t())
+        if coupling.experts:
+            spec.slices(whole[spec.name])[expert].copy_(refitted)
+        else:
+            whole[spec.name] = (refitted.t() if spec.transposed else refitted).contiguous()
         if bias is not None and self.update:
-            self._store(bias_name, whole, made[spec.in_features], None)
-        whole.update(zero_units(whole, coupling, units))
-        return _Solved(job, units, max(0.0, loss), problem.notes)
+            whole[bias_name] = self._rounded(bias_name, made[spec.in_features]).contiguous()
+        return _Solved(job, expert, units, max(0.0, loss), [*notes, *problem.notes])
 
-    def _store(self, name: str, whole: dict[str, Tensor], made: Tensor, spec: MatrixSpec | None) -> None:
+    def _rounded(self, name: str, made: Tensor) -> Tensor:
+        """A tensor in the format in which it is written."""
         rounded = made.to(self.output_dtype(name)).cpu()
         if not torch.isfinite(rounded).all():
             raise RunError(f"{name} does not fit {rounded.dtype} any more", hint="use --dtype bfloat16 or float32")
-        whole[name] = (rounded.t() if spec is not None and spec.transposed else rounded).contiguous()
+        return rounded
 
-    def _feeding(self, coupling: Coupling, whole: Mapping[str, Tensor]) -> Tensor:
+    def _feeding(self, coupling: Coupling, expert: int, whole: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros(coupling.units, dtype=torch.float64)
         for cut in coupling.cuts[1:]:
-            tensor = whole[cut.name].double().square()
-            along = tensor.movedim(cut.dim, 0).reshape(tensor.shape[cut.dim], -1).sum(dim=1)
+            tensor, dim = whole[cut.name], cut.dim
+            if coupling.experts:
+                tensor, dim = tensor[expert], dim - 1
+            tensor = tensor.double().square()
+            along = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(dim=1)
             total += along[cut.indices].sum(dim=1)
         return total.to(self.device, torch.float32)
 
     def _put(self, spec: MatrixSpec, whole: Mapping[str, Tensor]) -> None:
         """Let the running model go on with what was solved."""
         module = self.model.get_submodule(spec.module)
-        for leaf in ("weight", "bias"):
+        own = spec.name.removeprefix(f"{spec.module}.")
+        for leaf in dict.fromkeys((own, "bias")):
             running = module._parameters.get(leaf)
             if running is not None:
-                running.data.copy_(whole[f"{spec.module}.{leaf}"])
+                with torch._C.DisableTorchFunction():
+                    running.data.copy_(whole[f"{spec.module}.{leaf}"])
 
-    def _report(self, one: _Solved, specs: Mapping[str, MatrixSpec], final: Mapping[str, Tensor]) -> PrunedMatrix:
-        spec = specs[one.job.coupling.consumer]
-        made = spec.slices(final[spec.name])[0]
-        zeros = int((made == 0).sum())
+    def _report(
+        self, parts: Sequence[_Solved], specs: Mapping[str, MatrixSpec], final: Mapping[str, Tensor]
+    ) -> PrunedMatrix:
+        spec = specs[parts[0].job.coupling.consumer]
+        made = spec.slices(final[spec.name])
+        zeros = sum(int((matrix == 0).sum()) for matrix in made)
+        shape = [*([spec.experts] if spec.experts else []), *made[0].shape]
+        notes = list(dict.fromkeys(note for one in parts for note in one.notes))
         return PrunedMatrix(
-            spec.name, list(made.shape), zeros, zeros / made.numel(), one.loss, list(one.notes), one.units.tolist()
-        )
+            spec.name, shape, zeros, zeros / math.prod(shape), sum(one.loss for one in parts), notes,
+            _units_of(parts).tolist(),
+        )  # fmt: skip
 
 
 @dataclass
 class _Solved:
     job: Job
+    expert: int
     units: Tensor
     loss: float
     notes: list[str]
@@ -221,6 +248,15 @@ class _Seen:
             raise CalibrationError(f"{error.message} at the input of {name}", hint=error.hint) from None
 
 
+def _place(event: AtMatrix) -> tuple[str, int]:
+    return event.name, event.expert
+
+
+def _units_of(parts: Sequence[_Solved]) -> Tensor:
+    """Units that stay, (k,), or (experts, k) of stacked experts."""
+    return torch.stack([one.units for one in parts]) if parts[0].job.coupling.experts else parts[0].units
+
+
 def _bias_of(coupling: Coupling) -> str:
     """Name of the bias that the refit of a consumer changes, if it has one."""
     return f"{coupling.consumer.removesuffix('.weight')}.bias"
@@ -236,6 +272,9 @@ def _padded(
             full = list(made[part.name].shape)
             full[part.dim] = shapes[part.name][part.dim]
             grown = made[part.name].new_zeros(full)
-            grown.index_copy_(part.dim, part.keep(units, full[part.dim]), made[part.name])
+            stacked = units.ndim == 2
+            each = zip(grown, made[part.name], units, strict=True) if stacked else [(grown, made[part.name], units)]
+            for target, cut_part, stay in each:
+                target.index_copy_(part.dim - stacked, part.keep(stay, full[part.dim]), cut_part)
             made[part.name] = grown
     return made

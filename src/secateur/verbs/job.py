@@ -26,7 +26,7 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
-from secateur.engine.forward import probe_inputs, rehearse
+from secateur.engine.forward import probe_inputs, rehearse, runs_in
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink, tensor_digest
 from secateur.engine.skeleton import build_skeleton
@@ -45,7 +45,8 @@ from secateur.plugins import (
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PrunedMatrix
-from secateur.structured.configure import apply_changes, as_spelled, cut_shapes, shapes_of
+from secateur.structured.configure import cut_shapes, shapes_of
+from secateur.structured.entries import apply_changes, as_spelled
 from secateur.structured.expert_stream import ExpertStream
 from secateur.structured.stream import UnitStream
 from secateur.verbs.calibration import Calibration, Data, load_calibration
@@ -101,7 +102,11 @@ class Job:
             return {}
         old = shapes_of(self.model)
         new = cut_shapes(old, width.couplings, {kind: after for kind, (_, after) in width.units.items()})
-        return {self.binding.unit_of(name).keys[0]: shape for name, shape in new.items() if shape != old[name]}
+        made: dict[str, tuple[int, ...]] = {}
+        for unit in {id(u): u for u in (self.binding.unit_of(n) for n in new if new[n] != old[n])}.values():
+            entries = self.binding.unload(unit, {name: torch.empty(new[name], device="meta") for name in unit.names})
+            made |= {key: tuple(entry.shape) for key, entry in entries.items()}
+        return made
 
     @property
     def prunable(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -179,6 +184,12 @@ def prepare(
     structure = find_structure(model)
     plan = Plan() if recipe.structure else make_plan(recipe, structure)
     rehearse(model, structure, binding, reader)
+    if binding.resident:
+        reporter.note("the model reads a weight outside its blocks in a way of its own: all of these stay in memory")
+        compute = torch.float32  # the format of the verification, as they are there in one format only
+    if asked == "auto" and compute != torch.float32 and not runs_in(compute, model, structure, binding, reader):
+        reporter.note(f"calibrated in float32: the model does not run in {str(compute).removeprefix('torch.')}")
+        compute = torch.float32
     names = [matrix.name for matrix in structure.matrices]
     prunable = {key: reader.info(key).numel for key in binding.keys_of(names)}
     loaded: list[Calibration] = []

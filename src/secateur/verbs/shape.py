@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +28,8 @@ from secateur.plugins import make_method
 from secateur.progress import Recorder
 from secateur.recipe import Recipe
 from secateur.structured import block_choice
-from secateur.structured.configure import changed
-from secateur.structured.depth import DepthPlan, block_count, without_blocks
+from secateur.structured.depth import DepthPlan, row_counts, unlike_others, without_blocks
+from secateur.structured.entries import changed
 from secateur.structured.experts import ExpertPlan, plan_experts
 from secateur.structured.plan import WidthPlan, plan_widths
 from secateur.verbs.calibration import Calibration
@@ -93,9 +93,22 @@ def plan_shape(
     total = sum(matrix.size for matrix in model.structure.matrices)
     shape = Shape()
     if "depth" in recipe.structure and sparsity:
-        count = block_count(model.structure, sparsity / every)
-        gone = _choose_blocks(recipe, source, model, count, calibration(), device, compute, reporter)
-        shape.depth = without_blocks(config, model.skeleton, model.structure, model.binding, model.reader, gone)
+        counts = row_counts(model.structure, sparsity / every)
+        for row in dict.fromkeys(block.row for block in model.structure.blocks if block.row not in counts):
+            reporter.note(f"the calibration data does not reach {row}: its blocks stay")
+
+        def without(fixed: Sequence[int]) -> DepthPlan:
+            gone = _choose_blocks(recipe, source, model, counts, fixed, calibration(), device, compute, reporter)
+            return without_blocks(config, model.skeleton, model.structure, model.binding, model.reader, gone)
+
+        fixed = unlike_others(model.skeleton, model.structure)
+        try:
+            shape.depth = without([])
+        except UnsupportedModelError as error:
+            if not fixed or len(fixed) == len(model.structure.blocks):
+                raise
+            reporter.note(f"{error.message}; blocks that are the only ones of their build now stay")
+            shape.depth = without(fixed)
         config = changed(config, shape.depth.changes)
         model.skeleton = shape.depth.skeleton
         model.structure = find_structure(model.skeleton)
@@ -120,10 +133,16 @@ def plan_shape(
 
 
 def _choose_blocks(
-    recipe: Recipe, source: Source, model: Model, count: int, calibration: Calibration, device: torch.device,
-    compute: torch.dtype, reporter: Recorder,
+    recipe: Recipe, source: Source, model: Model, counts: Mapping[str, int], fixed: Sequence[int],
+    calibration: Calibration, device: torch.device, compute: torch.dtype, reporter: Recorder,
 ) -> list[int]:  # fmt: skip
-    way = recipe.depth_by
+    way, count = recipe.depth_by, sum(counts.values())
+    quotas = block_choice.Quotas(model.structure, counts, fixed)
+    if way == "angular" and len(counts) > 1:
+        raise UsageError(
+            f"--depth-by angular takes one run of blocks, and these are {len(counts)} rows",
+            hint="use --depth-by greedy or influence",
+        )
     total = len(model.structure.blocks)
     batches = calibration.batches
     fits = 2.5 * sum(model.reader.info(key).nbytes for key in model.reader.keys) < psutil.virtual_memory().available
@@ -138,8 +157,14 @@ def _choose_blocks(
         )
     if way == "greedy":
         whole = load_model(source.folder, device=str(device), dtype="float32")
-        loss = _measured_loss(whole, batches, device, compute)
-        gone, losses = block_choice.greedy_removal(whole, model.structure, count, loss, reporter)
+        try:
+            loss = _measured_loss(whole, batches, device, compute)
+        except RuntimeError as error:  # some models use numbers that a narrow format does not have
+            if compute == torch.float32 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            reporter.note(f"losses are measured in float32: {str(error).splitlines()[0]}")
+            loss = _measured_loss(whole, batches, device, torch.float32)
+        gone, losses = block_choice.greedy_removal(whole, model.structure, count, loss, reporter, quotas)
         reporter.note(f"loss on calibration text after each block: {', '.join(f'{value:.3f}' for value in losses)}")
         return gone
     stored = Stored(model.reader)
@@ -150,7 +175,7 @@ def _choose_blocks(
     )  # fmt: skip
     states = stream.look(batches)
     choose = block_choice.least_influence if way == "influence" else block_choice.smallest_angle
-    return choose(states, count)
+    return choose(states, count, quotas)
 
 
 def _measured_loss(
