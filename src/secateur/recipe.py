@@ -15,7 +15,7 @@ from secateur.patterns import Pattern, check_sparsity, parse_pattern
 DEFAULT_SPARSITY = 0.5
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 2048
-STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
+STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "hidden")
 """What --structure can remove."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 
@@ -44,11 +44,11 @@ class Recipe:
     pattern: str = "unstructured"
     """unstructured, or N:M to keep N of every M consecutive inputs."""
     structure: tuple[str, ...] = ()
-    """Remove whole units instead of single weights: depth, ffn, kv-groups, heads; several divided by commas."""
+    """Remove whole units instead of single weights: depth, ffn, kv-groups, heads, hidden; several divided by commas."""
     depth_by: str = "auto"
     """How --structure depth chooses blocks: greedy, influence or angular; auto is greedy where that is affordable."""
     round_to: int = 32
-    """Neurons that stay are a multiple of this (with --structure ffn)."""
+    """Neurons and hidden channels that stay are a multiple of this (with --structure ffn or hidden)."""
     update: bool = True
     """Refit what stays to make up for what goes (with --structure)."""
     allocation: str = "uniform"
@@ -100,6 +100,11 @@ class Recipe:
                 raise UnknownNameError("structure", name, STRUCTURES)
         if len(set(self.structure)) < len(self.structure):
             raise RecipeError(f"structure {', '.join(self.structure)} names one twice")
+        if "hidden" in self.structure and len(self.structure) > 1:
+            raise RecipeError(
+                "structure hidden goes alone: every other unit is tied to the hidden channels",
+                hint="prune twice: first the one, then the other on the result",
+            )
         if self.depth_by not in DEPTH_WAYS:
             raise UnknownNameError("way to choose blocks", self.depth_by, DEPTH_WAYS)
         own = {"round_to": self.round_to != 32, "update": not self.update, "depth_by": self.depth_by != "auto"}

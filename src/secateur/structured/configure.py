@@ -118,7 +118,7 @@ def apply_changes(data: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any
 
 
 def _search(config: Any, coupling: Coupling, count: int, wanted: Shapes) -> Shrunk | None:
-    part, path = _part_of(config)
+    part, path = part_of(config)
     for entries in _candidates(part, coupling, count):
         changes = {(*path, key): value for key, value in entries.items()}
         try:
@@ -130,7 +130,7 @@ def _search(config: Any, coupling: Coupling, count: int, wanted: Shapes) -> Shru
     return None
 
 
-def _part_of(config: Any) -> tuple[Any, tuple[str, ...]]:
+def part_of(config: Any) -> tuple[Any, tuple[str, ...]]:
     """The part of the config that describes the blocks, and where it stands in the whole."""
     text = config.get_text_config()
     if text is config:

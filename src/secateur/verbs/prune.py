@@ -147,6 +147,7 @@ def prune(
             verification=verification,
             matrices=written.matrices,
             blocks_kept=job.shape.depth.kept if job.shape.depth else None,
+            channels_kept=job.choices.keep.tolist() if job.choices.keep is not None else None,
             shape_changes=job.shape_changes,
             warnings=recorder.warnings,
             versions=versions(),
@@ -173,14 +174,15 @@ def plan(model: str | Path, *, recipe: Recipe, reporter: Reporter | None = None)
     with ExitStack() as stack:
         job = prepare(open_source(model, reporter=recorder), recipe, None, None, recorder, stack)
         before, after = (sum(side.values()) for side in job.prunable)
-        width = job.shape.width
+        width, hidden = job.shape.width, job.shape.hidden
+        units = {str(kind): list(counts) for kind, counts in width.units.items()} if width else {}
         return PlanResult(
             lines=job.shape.lines,
             removed=1 - after / before,
             weights_before=before,
             weights_after=after,
             blocks_kept=job.shape.depth.kept if job.shape.depth else None,
-            units={kind: list(counts) for kind, counts in width.units.items()} if width else {},
+            units=units | ({"hidden": [hidden.before, hidden.after]} if hidden else {}),
             shape_changes=job.shape_changes,
         )
 

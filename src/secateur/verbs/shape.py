@@ -28,6 +28,8 @@ from secateur.plugins import make_method
 from secateur.progress import Recorder
 from secateur.recipe import Recipe
 from secateur.structured import block_choice
+from secateur.structured.channel_plan import plan_channels
+from secateur.structured.channels import Channels
 from secateur.structured.configure import changed
 from secateur.structured.depth import DepthPlan, block_count, without_blocks
 from secateur.structured.plan import WidthPlan, plan_widths
@@ -50,17 +52,20 @@ class Shape:
 
     depth: DepthPlan | None = None
     width: WidthPlan | None = None
+    hidden: Channels | None = None
 
     @property
     def changes(self) -> dict[tuple[str, ...], Any]:
         """Config key path -> new value."""
         made: dict[tuple[str, ...], Any] = dict(self.depth.changes) if self.depth else {}
-        return made | (self.width.shrunk.changes if self.width else {})
+        made |= self.width.shrunk.changes if self.width else {}
+        return made | (self.hidden.shrunk.changes if self.hidden else {})
 
     @property
     def lines(self) -> list[str]:
         """The plan in words."""
-        return ([self.depth.line()] if self.depth else []) + (self.width.lines() if self.width else [])
+        lines = ([self.depth.line()] if self.depth else []) + (self.width.lines() if self.width else [])
+        return lines + ([self.hidden.line()] if self.hidden else [])
 
 
 def plan_shape(
@@ -78,7 +83,7 @@ def plan_shape(
         SparsityError: when the request comes to nothing, or leaves nothing.
     """
     config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    kinds = [name for name in recipe.structure if name != "depth"]
+    kinds = [name for name in recipe.structure if name not in ("depth", "hidden")]
     sparsity, every = recipe.effective_sparsity, len(recipe.structure)
     total = sum(matrix.size for matrix in model.structure.matrices)
     shape = Shape()
@@ -98,6 +103,10 @@ def plan_shape(
             config, model.skeleton, model.structure, model.binding, model.reader, kinds,
             sparsity * len(kinds) / every * total / left, recipe.round_to,
         )  # fmt: skip
+    if "hidden" in recipe.structure and sparsity:
+        shape.hidden = plan_channels(
+            config, model.skeleton, model.structure, model.binding, model.reader, sparsity, recipe.round_to
+        )
     for line in shape.lines:
         reporter.note(line)
     return shape
