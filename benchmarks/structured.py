@@ -2,10 +2,10 @@
 
 By the reference protocol: calibration is the first 32 windows of 1,024 tokens of the WikiText-2 validation text,
 perplexity is measured on the first 40 windows of 1,024 tokens of the test text. "ffn" removes 384 of 1,536 neurons in
-every block (18.75 % of the prunable weights), "kv-groups" one of three groups, "depth" six of thirty blocks, "hidden" 108
-of 576 hidden channels (18.75 % of the prunable weights, and of the embedding). "plain" is the smallest weights without a
-refit, or for blocks the least influence; "no refit" chooses like the row before. Seconds and peak memory are of the whole
-process, on one thread, with other work on the second core.
+every block (18.75 % of the prunable weights), "kv-groups" one of three groups, "depth" six of thirty blocks, "hidden"
+108 of 576 hidden channels (18.75 % of the prunable weights, and of the embedding). "plain" is the smallest weights
+without a refit, or for blocks the least influence; "no refit" chooses as the row before does. Seconds and peak memory
+are of the whole process, on one thread, with other work on the second core.
 
     SECATEUR_DATA=folder python benchmarks/structured.py [--only "ffn obs,ffn plain"]
 """
