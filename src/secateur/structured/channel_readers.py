@@ -133,7 +133,7 @@ def _reads(module: nn.Module, readers: list[Reader], call: Call, states: Tensor)
         return reflected(states, states.ndim - 1) if value is states else value
 
     leaves = {one.name.rpartition(".")[2]: one.dim for one in readers}
-    plain = {leaf: module.get_parameter(leaf).data.as_subclass(Tensor) for leaf in leaves}
+    plain = {leaf: value.data.as_subclass(Tensor) for leaf in leaves if (value := module._parameters[leaf]) is not None}
     turned = {leaf: reflected(plain[leaf], dim) for leaf, dim in leaves.items()}
     args, kwargs = call
     with torch.no_grad():
