@@ -105,7 +105,7 @@ def test_what_cannot_is_refused_with_the_reason(family: str, tmp_path: Path) -> 
 def test_parameters_that_go_are_those_of_the_channels(tmp_path: Path) -> None:
     """A channel of a Llama: its column of the embedding, of every reader, its row of every writer, its norms."""
     folder = save_tiny(tmp_path / "model", "llama", tie_word_embeddings=False)
-    result = _prune(folder, tmp_path / "out", "llama", verify=True)
+    result = _prune(folder, tmp_path / "out", "llama")
     block = (32 + 16 + 16) + 32 + 3 * 48
     assert result.before.parameters - result.after.parameters == 8 * (2 * block + 2 * 2 + 1 + 2 * 128)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -254,7 +254,7 @@ def test_the_refit_brings_the_logits_nearer(family: str, tmp_path: Path) -> None
 # --- the rules of every structure ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "t5", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["t5", "qwen3_moe"])
 def test_it_passes_its_verification(family: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", family, max_shard_size="20KB")
     result = _prune(folder, tmp_path / "out", family, verify=True)
@@ -272,15 +272,14 @@ def test_identity_at_sparsity_zero(tmp_path: Path) -> None:
     assert result.channels_kept is None
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(("blocks", "tied"), [(1, True), (3, False)])
 def test_resumed_is_the_uninterrupted_run(blocks: int, tied: bool, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     folder = save_tiny(tmp_path / "model", "qwen2", num_hidden_layers=3, tie_word_embeddings=tied)
-    _prune(folder, tmp_path / "whole", "qwen2", verify=True)
+    _prune(folder, tmp_path / "whole", "qwen2")
     with pytest.raises(Interrupted):
         _prune(folder, tmp_path / "out", "qwen2", reporter=StopAt(blocks))
-    _prune(folder, tmp_path / "out", "qwen2", resume=True, verify=True)
+    _prune(folder, tmp_path / "out", "qwen2", resume=True)
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert weights[0] == weights[1]
 
@@ -317,7 +316,7 @@ def test_generation_with_a_cache_is_generation_without(family: str, tmp_path: Pa
 @pytest.mark.parametrize("method", ["obs", "magnitude", "wanda", "flap", "taylor"])
 def test_every_criterion_chooses_channels(method: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "llama")
-    result = _prune(folder, tmp_path / "out", "llama", method=method, dtype="bfloat16", verify=True)
+    result = _prune(folder, tmp_path / "out", "llama", method=method, dtype="bfloat16")
     kept = result.channels_kept
     assert kept is not None
     assert kept == sorted(set(kept))
