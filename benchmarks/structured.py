@@ -2,9 +2,10 @@
 
 By the reference protocol: calibration is the first 32 windows of 1,024 tokens of the WikiText-2 validation text,
 perplexity is measured on the first 40 windows of 1,024 tokens of the test text. "ffn" removes 384 of 1,536 neurons in
-every block (18.75 % of the prunable weights), "kv-groups" one of three groups, "depth" six of thirty blocks. "plain" is
-the smallest weights without a refit, or for blocks the least influence. Seconds and peak memory are of the whole
-process, on one thread, with other work on the second core.
+every block (18.75 % of the prunable weights), "kv-groups" one of three groups, "depth" six of thirty blocks, "hidden"
+108 of 576 hidden channels (18.75 % of the prunable weights, and of the embedding). "plain" is the smallest weights
+without a refit, or for blocks the least influence; "no refit" chooses as the row before does. Seconds and peak memory
+are of the whole process, on one thread, with other work on the second core.
 
     SECATEUR_DATA=folder python benchmarks/structured.py [--only "ffn obs,ffn plain"]
 """
@@ -24,9 +25,13 @@ RUNS: dict[str, list[str]] = {
     "ffn obs": ["--structure", "ffn", "--sparsity", "0.1875"],
     "ffn flap": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "flap"],
     "ffn wanda": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "wanda"],
+    "ffn taylor": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "taylor"],
     "ffn plain": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "magnitude", "--no-update"],
     "kv-groups obs": ["--structure", "kv-groups", "--sparsity", "0.0833"],
     "kv-groups plain": ["--structure", "kv-groups", "--sparsity", "0.0833", "--method", "magnitude", "--no-update"],
+    "hidden obs": ["--structure", "hidden", "--sparsity", "0.1875"],
+    "hidden no refit": ["--structure", "hidden", "--sparsity", "0.1875", "--no-update"],
+    "hidden plain": ["--structure", "hidden", "--sparsity", "0.1875", "--method", "magnitude", "--no-update"],
     "depth greedy": ["--structure", "depth", "--sparsity", "0.2", "--depth-by", "greedy"],
     "depth plain": ["--structure", "depth", "--sparsity", "0.2", "--depth-by", "influence"],
 }

@@ -85,16 +85,43 @@ class Units:
     """The least-squares problem of the matrix; it may have one more input, of ones, for a bias."""
     parts: int = 1
     """The same number of units goes from each of this many equal, consecutive parts."""
+    salience: torch.Tensor | None = None
+    """(units,): what a criterion with ``salience`` makes of weights and gradients, summed over all that goes with each
+    unit; None for other criteria."""
 
 
 @runtime_checkable
 class Criterion(Protocol):
-    """The whole contract of a criterion for units. ``data`` says whether it looks at inputs at all."""
+    """The whole contract of a criterion for units. ``data`` says whether it looks at inputs at all.
+
+    A criterion that wants gradients has two more methods: `GradientCriterion`.
+    """
 
     data: bool
 
     def choose(self, units: Units, remove: int) -> torch.Tensor:
         """Numbers of the units that stay, ascending."""
+
+
+@runtime_checkable
+class GradientCriterion(Criterion, Protocol):
+    """A criterion that looks at gradients of the loss, which take the model in memory and a backward pass."""
+
+    sequences: int
+    """Calibration sequences that the loss is taken on, one backward for each."""
+    length: int
+    """Tokens of each, at most."""
+    second: bool
+    """Whether ``salience`` needs the squares of the gradients."""
+
+    def salience(self, weight: torch.Tensor, gradient: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+        """The part of each single weight, in its shape.
+
+        Args:
+            weight: any shape.
+            gradient: mean of the gradients over the sequences.
+            squares: mean of their squares; None unless ``second``.
+        """
 
 
 def make_criterion(name: str, options: Mapping[str, Any] | None = None) -> Criterion:

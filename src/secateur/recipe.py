@@ -15,7 +15,7 @@ from secateur.patterns import Pattern, check_sparsity, parse_pattern
 DEFAULT_SPARSITY = 0.5
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 2048
-STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "experts")
+STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "experts", "hidden")
 """What --structure can remove."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 
@@ -44,11 +44,11 @@ class Recipe:
     pattern: str = "unstructured"
     """unstructured, or N:M to keep N of every M consecutive inputs."""
     structure: tuple[str, ...] = ()
-    """Remove whole units, not single weights: depth, ffn, kv-groups, heads, experts; several divided by commas."""
+    """Remove whole units, not single weights: depth, ffn, kv-groups, heads, experts, hidden; several by commas."""
     depth_by: str = "auto"
     """How --structure depth chooses blocks: greedy, influence or angular; auto is greedy where that is affordable."""
     round_to: int = 32
-    """Neurons that stay are a multiple of this (with --structure ffn)."""
+    """Neurons and hidden channels that stay are a multiple of this (with --structure ffn or hidden)."""
     update: bool = True
     """Refit what stays to make up for what goes (with --structure)."""
     allocation: str = "uniform"
@@ -106,6 +106,11 @@ class Recipe:
             raise RecipeError(
                 f"experts and {', '.join(beside)} cannot go in one run: their methods are of two kinds",
                 hint="remove experts first, then prune the result once more",
+            )
+        if "hidden" in self.structure and len(self.structure) > 1:
+            raise RecipeError(
+                "structure hidden goes alone: every other unit is tied to the hidden channels",
+                hint="prune twice: first the one, then the other on the result",
             )
         if self.depth_by not in DEPTH_WAYS:
             raise UnknownNameError("way to choose blocks", self.depth_by, DEPTH_WAYS)

@@ -139,6 +139,8 @@ class PruneResult(_Plain):
     matrices: list[PrunedMatrix] = field(default_factory=list)
     blocks_kept: list[int] | None = None
     """Numbers, in the source, of the blocks that stayed; None when none was left out."""
+    channels_kept: list[int] | None = None
+    """Numbers of the hidden channels that stayed; None when none was removed."""
     shape_changes: dict[str, Any] = field(default_factory=dict)
     """Config entries that changed with the shapes, nested ones with dots."""
     warnings: list[str] = field(default_factory=list)

@@ -22,12 +22,14 @@ from secateur.errors import (
     OutputError,
     PatternError,
     RecipeError,
+    RunError,
     SecateurError,
     SourceError,
     SparsityError,
     TargetError,
     UnknownNameError,
     UnsafeCheckpointError,
+    UnsupportedModelError,
     UsageError,
     WeightValueError,
 )
@@ -200,3 +202,46 @@ def test_activation_that_is_not_finite_is_named(model: Path, tmp_path: Path) -> 
     with pytest.raises(CalibrationError, match=r"model\.layers\.0\.mlp\.down_proj\.weight"):
         secateur.prune(model, tmp_path / "out", samples=4, sequence_length=32, evaluate=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_measuring_text_that_is_not_there(model: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"method": "magnitude", "evaluate": True}
+    refused(CalibrationError, "no such data file", model, tmp_path / "out", data="missing.txt", **options)
+    (tmp_path / "empty.txt").write_text("")
+    refused(CalibrationError, "empty", model, tmp_path / "out", data=str(tmp_path / "empty.txt"), **options)
+
+
+def test_what_cannot_be_measured_does_not_cost_the_result(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("x")
+    result = secateur.prune(model, tmp_path / "out", method="magnitude", verify=False, data=str(tmp_path / "short.txt"))
+    assert any("quality of the source was not measured" in warning for warning in result.warnings)
+    assert result.after.perplexity is None
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["write_json", "write_card"])
+def test_disk_that_is_full_at_the_very_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", str(tmp_path / "out.partial" / "file"))
+
+    options: dict[str, Any] = {"method": "magnitude", "verify": False, "evaluate": False}
+    monkeypatch.setattr(f"secateur.verbs.prune.{name}", full)
+    with pytest.raises(RunError, match="No space left") as caught:
+        secateur.prune(model, tmp_path / "out", **options)
+    assert "--resume" in caught.value.hint
+    monkeypatch.undo()
+    secateur.prune(model, tmp_path / "out", resume=True, **options)
+
+
+def test_an_adapter_beside_the_weights(model: Path, tmp_path: Path) -> None:
+    (model / "adapter_config.json").write_text("{}")
+    refused(UnsupportedModelError, "adapter|merge", model, tmp_path / "out", method="magnitude")
+
+
+def test_images_without_their_processor(tmp_path: Path) -> None:
+    images = save_tiny(tmp_path / "vit", "vit")
+    (images / "preprocessor_config.json").unlink(missing_ok=True)
+    (tmp_path / "images").mkdir()
+    refused(CalibrationError, "preprocessor_config", images, tmp_path / "out", calibration=str(tmp_path / "images"))

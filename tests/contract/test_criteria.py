@@ -32,11 +32,12 @@ def units(size: int = 1, parts: int = 1, *, equal: bool = False, spoiled: bool =
         weight[0, 0] = torch.nan
     columns = torch.arange(12).reshape(-1, size)
     feeding = torch.ones(len(columns)) if equal else torch.rand(len(columns), generator=generator)
-    return Units(weight, columns, feeding, gram, x.sum(0).float(), float(len(x)), problem, parts)
+    salience = weight.square().sum(0)[columns].sum(1)
+    return Units(weight, columns, feeding, gram, x.sum(0).float(), float(len(x)), problem, parts, salience)
 
 
 def test_there_are_criteria():
-    assert {"obs", "magnitude", "wanda", "flap"} <= set(NAMES)
+    assert {"obs", "magnitude", "wanda", "flap", "taylor"} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,7 +61,7 @@ def test_the_same_twice_and_nothing_is_changed(name):
     given, fresh = units(), units()
     first, second = (make_criterion(name).choose(given, 4) for _ in range(2))
     assert torch.equal(first, second)
-    for field in ("weight", "columns", "feeding", "gram", "sums"):
+    for field in ("weight", "columns", "feeding", "gram", "sums", "salience"):
         assert torch.equal(getattr(given, field), getattr(fresh, field)), field
     for field in ("gram", "target", "start"):
         assert torch.equal(getattr(given.problem, field), getattr(fresh.problem, field)), field

@@ -24,7 +24,7 @@ from secateur.structured.routing import Use, difference_of_sum, read_call
 from tests.models import MIXTURES, calibration_for, save_tiny, tiny_model
 from tests.structured.test_prune_units import StopAt
 
-CANNOT = {"jetmoe": "are not one module in each block", "llama4": "depend on where a weight lies"}
+CANNOT = {"jetmoe": "are not one module in each block", "llama4": "is called in an unknown way"}
 """Where experts cannot go, and the words that say why."""
 
 

@@ -44,6 +44,11 @@ def check_model_folder(folder: str | Path) -> dict[str, Any]:
             f"{folder} is quantised ({method}); pruning needs plain floating-point weights",
             hint="use the model it was made from, or a dequantised copy",
         )
+    if (folder / "adapter_config.json").exists():
+        raise UnsupportedModelError(
+            f"{folder} holds an adapter (adapter_config.json) beside the weights: both together are the model",
+            hint="merge it into the weights first (merge_and_unload of PEFT), or remove the file to prune without it",
+        )
     with CheckpointReader(folder) as reader:
         for key in reader.keys:
             info = reader.info(key)

@@ -126,7 +126,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _pause(event: Event) -> None:
+def pause(event: Event) -> None:
     """Hand an event to the loop and wait. The stack of torch function modes is the coroutine's own: it goes along."""
     modes = []
     while torch._C._len_torch_function_stack():
@@ -195,7 +195,7 @@ class Capture:
                         hint="models that reuse a block cannot be pruned yet",
                     )
                 lane.call = (args, kwargs)
-                _pause(AtBlock(block.index))
+                pause(AtBlock(block.index))
                 lane.call = None
 
         return hook
@@ -211,7 +211,7 @@ class Capture:
                 with torch._C.DisableTorchFunction():  # a copy that the lane's watcher does not know and never empties
                     lane.output = output_tensor(output).clone()
             if (lane.observed or lane.keep_output) and lane.saw_all_blocks:
-                _pause(Finished())  # never resumed: what follows is the head, which nobody asked for
+                pause(Finished())  # never resumed: what follows is the head, which nobody asked for
 
         return hook
 
@@ -242,7 +242,7 @@ class Capture:
         def paused(input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             lane = getcurrent()
             if isinstance(lane, Lane) and lane.observed:
-                _pause(AtMatrix(matrix.name, 0, input))
+                pause(AtMatrix(matrix.name, 0, input))
             return forward(input, *args, **kwargs)
 
         self._override(module, paused)
@@ -306,7 +306,7 @@ class ExpertTensor(torch.Tensor):
             lane = getcurrent()
             if name in {"linear", "matmul", "mm", "__matmul__"} and isinstance(lane, Lane) and lane.observed:
                 weight._check_layout(name)
-                _pause(AtMatrix(weight.spec.name, weight.expert, args[0]))
+                pause(AtMatrix(weight.spec.name, weight.expert, args[0]))
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if weight is not None and weight.expert is None and name == "__getitem__" and weight is args[0]:

@@ -83,8 +83,8 @@ class CheckpointSink:
         self._ledger.append({"block": index, "zeros": zeros, "sha256": digests, "matrices": rows})
 
     def copy_rest(self) -> None:
-        """Copy every tensor that belongs to no block."""
+        """Copy every tensor that belongs to no block and was not written."""
         inside = {key for keys in self._keys_of.values() for key in keys}
         for key in self._source.keys:
-            if key not in inside:
+            if key not in inside and key not in self.zeros:
                 self.copy(key)

@@ -60,3 +60,14 @@ def as_spelled(
         used = [name for name in (path[-1], *names) if name in place] or [path[-1]]
         made |= {(*path[:-1], name): value for name in used}
     return made
+
+
+def part_of(config: Any) -> tuple[Any, tuple[str, ...]]:
+    """The part of the config that describes the blocks, and where it stands in the whole."""
+    text = config.get_text_config()
+    if text is config:
+        return config, ()
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is text:
+            return text, (name,)
+    return config, ()

@@ -46,6 +46,8 @@ class UnitStream(BlockStream):
     update: bool = True
     """Whether what stays is refitted; else it keeps its values."""
     damping: float = 0.01
+    saliences: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+    """By kind and consumer: scores of units from gradients, for a criterion that wants them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +142,7 @@ class UnitStream(BlockStream):
             Units(
                 weight=weight, columns=columns, feeding=self._feeding(coupling, expert, whole),
                 gram=seen.gram[:-1, :-1], sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]), problem=problem,
-                parts=coupling.parts,
+                parts=coupling.parts, salience=self.saliences.get((coupling.kind, coupling.consumer)),
             ),
             coupling.units - job.stay,
         )  # fmt: skip

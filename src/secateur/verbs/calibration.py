@@ -126,7 +126,13 @@ def _images(recipe: Recipe, folder: Path) -> Calibration:
             "this model looks at images, and the built-in calibration data is text",
             hint="give a folder of images with --calibration DIR, or use --method magnitude, which needs none",
         )
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{folder} has no usable image processor (preprocessor_config.json)",
+            hint="copy that file from the original model, or hand over tensors from Python",
+        ) from error
     samples = load_images(Path(recipe.calibration), processor, recipe.samples or DEFAULT_SAMPLES)
     return Calibration(batches_of_samples(samples), {"calibration": recipe.calibration, "samples": len(samples)})
 

@@ -26,7 +26,7 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
-from secateur.engine.forward import probe_inputs, rehearse, runs_in
+from secateur.engine.forward import Stored, probe_inputs, rehearse, runs_in
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink, tensor_digest
 from secateur.engine.skeleton import build_skeleton
@@ -36,6 +36,7 @@ from secateur.plugins import (
     Chooser,
     Criterion,
     ExpertCriterion,
+    GradientCriterion,
     Method,
     check_chooser,
     make_chooser,
@@ -45,11 +46,14 @@ from secateur.plugins import (
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PrunedMatrix
+from secateur.structured.channel_stream import ChannelStream, Whole
+from secateur.structured.channels import CutBinding
 from secateur.structured.configure import cut_shapes, shapes_of
 from secateur.structured.entries import apply_changes, as_spelled
 from secateur.structured.expert_stream import ExpertStream
 from secateur.structured.stream import UnitStream
 from secateur.verbs.calibration import Calibration, Data, load_calibration
+from secateur.verbs.choices import CHANNELS, Choices, check_gradients, choose_channels, gradient_scores
 from secateur.verbs.provenance import versions
 from secateur.verbs.shape import Model, Shape, plan_shape
 from secateur.verify import Expected
@@ -76,6 +80,8 @@ class Job:
     """Checkpoint key -> number of weights of every tensor that may be pruned, in the source."""
     shape: Shape = field(default_factory=Shape)
     """What goes, when whole units do."""
+    choices: Choices = field(default_factory=Choices)
+    """What is decided for the whole model when the work starts."""
 
     @property
     def layout(self) -> Layout:
@@ -97,7 +103,12 @@ class Job:
         """Checkpoint key -> shape, of every tensor that is cut."""
         if self.shape.experts is not None:
             return self.shape.experts.shapes
-        width = self.shape.width
+        width, hidden = self.shape.width, self.shape.hidden
+        if hidden is not None:
+            return {
+                key: shape for key, shape in self.cut_binding().key_shapes().items()
+                if shape != self.reader.info(key).shape
+            }  # fmt: skip
         if width is None:
             return {}
         old = shapes_of(self.model)
@@ -107,6 +118,15 @@ class Job:
             entries = self.binding.unload(unit, {name: torch.empty(new[name], device="meta") for name in unit.names})
             made |= {key: tuple(entry.shape) for key, entry in entries.items()}
         return made
+
+    def cut_binding(self) -> CutBinding:
+        """The tensors of the model with fewer hidden channels."""
+        hidden, keep = self.shape.hidden, self.choices.keep
+        assert hidden is not None
+        keep = hidden.spread() if keep is None else keep
+        return CutBinding(
+            hidden.shrunk.skeleton, self.reader.keys, self.binding, hidden, keep, self.choices.scales
+        )  # fmt: skip
 
     @property
     def prunable(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -208,6 +228,8 @@ def prepare(
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
     if _needs_data(method, recipe):
         calibration = calibrated()
+    if shape.width is not None or shape.hidden is not None:
+        check_gradients(method, model)
     if not recipe.structure:
         check_finite(reader, reporter)
     if dtype is not None:
@@ -243,6 +265,7 @@ def _check_fits(reader: CheckpointReader, dtype: torch.dtype) -> None:
 
 def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
     """Prune block by block into the partial folder, and put everything beside the weights that a model needs."""
+    _choose(job, partial, reporter)
     keys_of = {block.index: job.result_binding.keys_of(block.tensors) for block in job.structure.blocks}
     ledger = Ledger.begin(partial / LEDGER, _fingerprint(job), resume=resume)
     limit = activation_limit(job.recipe.activation_memory)
@@ -263,6 +286,28 @@ def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
     return Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe, job.source.folder, origin))
 
 
+def _choose(job: Job, scratch: Path, reporter: Reporter) -> None:
+    """Decide what is decided once for the whole model."""
+    made, shape, criterion = Choices(), job.shape, job.method
+    if isinstance(criterion, Method) or (shape.width is None and shape.hidden is None):
+        return
+    assert isinstance(criterion, Criterion)  # experts have their own kind, and neither of these
+    if isinstance(criterion, GradientCriterion):
+        whole = find_structure(build_skeleton(job.source.folder))
+        made.saliences = gradient_scores(
+            criterion, shape, job.source.folder, whole, job.calibration.batches, job.device, reporter
+        )
+        trim_memory()
+    if shape.hidden is not None:
+        store = ActivationStore(activation_limit(job.recipe.activation_memory), scratch)
+        chosen = choose_channels(
+            shape.hidden, job.model, job.structure, job.binding, job.reader, criterion, made.saliences.get(CHANNELS),
+            job.calibration.batches, store, job.device, job.compute, reporter,
+        )  # fmt: skip
+        made.keep, made.scales = chosen.keep, chosen.scales
+    job.choices = made
+
+
 def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Reporter) -> BlockStream:
     if isinstance(job.method, Method):
         return BlockStream(
@@ -275,13 +320,21 @@ def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Re
             job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store,
             job.device, job.compute, job.recipe.seed, reporter, experts=job.shape.experts, criterion=job.method,
         )  # fmt: skip
-    width = job.shape.width
+    width, hidden = job.shape.width, job.shape.hidden
+    if hidden is not None:
+        small, keep = hidden.shrunk.skeleton, job.choices.keep
+        assert keep is not None
+        return ChannelStream(
+            small, find_structure(small), job.cut_binding(), job.reader, sink, make_method("magnitude"), job.plan,
+            store, job.device, job.compute, job.recipe.seed, reporter, channels=hidden, keep=keep,
+            update=job.recipe.update, whole=Whole(job.model, job.structure, job.binding, Stored(job.reader)),
+        )  # fmt: skip
     jobs = width.jobs if width is not None else {}
     criterion = job.method if isinstance(job.method, Criterion) else None  # at sparsity 0 nothing is chosen
     return UnitStream(
         job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store, job.device,
         job.compute, job.recipe.seed, reporter, jobs=jobs, criterion=criterion,
-        update=job.recipe.update,
+        update=job.recipe.update, saliences=job.choices.saliences,
     )  # fmt: skip
 
 
@@ -292,6 +345,7 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "blocks": job.shape.depth.kept if job.shape.depth else None,
+        "channels": job.choices.keep.tolist() if job.choices.keep is not None else None,
         "source_sha256": job.source_hash,
         "calibration": job.calibration.protocol,
         "calibration_sha256": _digest_of(job.calibration.batches),

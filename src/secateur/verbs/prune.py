@@ -32,7 +32,7 @@ from secateur.verbs.evaluate import read_files
 from secateur.verbs.job import merge, options_of, prepare, write
 from secateur.verbs.memory import as_source, take_over
 from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
-from secateur.verbs.sides import measure_sides
+from secateur.verbs.sides import check_measurable, measure_sides
 from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
@@ -101,6 +101,8 @@ def prune(
             source = open_source(model, reporter=recorder)
         folder = OutputFolder(out, overwrite=overwrite, resume=resume, source_folder=source.folder)
         job = prepare(source, recipe, chosen, own_data, recorder, stack)
+        if evaluate:
+            check_measurable(job.model, data)
         folder.require_space(job.layout.nbytes)
         stack.enter_context(folder)
         try:
@@ -120,6 +122,8 @@ def prune(
             ) from None
         except (RunError, VerificationError):
             raise
+        except OSError as error:
+            raise _not_written(error, folder.partial) from error
         except SecateurError as error:
             # Found out only while running. What no later run could use is removed; finished blocks are kept.
             if isinstance(error, OutputError) and resume:
@@ -149,17 +153,29 @@ def prune(
             verification=verification,
             matrices=written.matrices,
             blocks_kept=job.shape.depth.kept if job.shape.depth else None,
+            channels_kept=job.choices.keep.tolist() if job.choices.keep is not None else None,
             shape_changes=job.shape_changes,
             warnings=recorder.warnings,
             versions=versions(),
             shards=dict(written.expected.shards),
         )
-        write_card(folder.partial, pruned)
-        write_json(folder.partial / RESULT_FILE, pruned.to_dict())
+        try:
+            write_card(folder.partial, pruned)
+            write_json(folder.partial / RESULT_FILE, pruned.to_dict())
+        except OSError as error:
+            raise _not_written(error, folder.partial) from error
         folder.commit()
         if in_memory is not None and in_place:
             take_over(in_memory, Path(out), [matrix.name for matrix in written.matrices])
     return pruned
+
+
+def _not_written(error: OSError, partial: Path) -> RunError:
+    """A file beside the weights could not be written, most likely for want of space."""
+    return RunError(
+        f"{error.filename or partial}: {error.strerror or error}",
+        hint="finished blocks are kept; free some space, and go on with the same command and --resume",
+    )
 
 
 def plan(model: str | Path, *, recipe: Recipe, reporter: Reporter | None = None) -> PlanResult:

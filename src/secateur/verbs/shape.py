@@ -28,6 +28,8 @@ from secateur.plugins import make_method
 from secateur.progress import Recorder
 from secateur.recipe import Recipe
 from secateur.structured import block_choice
+from secateur.structured.channel_plan import plan_channels
+from secateur.structured.channels import Channels
 from secateur.structured.depth import DepthPlan, row_counts, unlike_others, without_blocks
 from secateur.structured.entries import changed
 from secateur.structured.experts import ExpertPlan, plan_experts
@@ -52,24 +54,27 @@ class Shape:
     depth: DepthPlan | None = None
     experts: ExpertPlan | None = None
     width: WidthPlan | None = None
+    hidden: Channels | None = None
 
     @property
     def changes(self) -> dict[tuple[str, ...], Any]:
         """Config key path -> new value."""
         made: dict[tuple[str, ...], Any] = dict(self.depth.changes) if self.depth else {}
         made |= self.experts.shrunk.changes if self.experts else {}
-        return made | (self.width.shrunk.changes if self.width else {})
+        made |= self.width.shrunk.changes if self.width else {}
+        return made | (self.hidden.shrunk.changes if self.hidden else {})
 
     @property
     def lines(self) -> list[str]:
         """The plan in words."""
-        parts = [part.line() for part in (self.depth, self.experts) if part]
+        parts = [part.line() for part in (self.depth, self.experts, self.hidden) if part]
         return parts + (self.width.lines() if self.width else [])
 
     @property
     def units(self) -> dict[str, list[int]]:
-        """By structure: units of a block before and after."""
+        """By structure: units of a block before and after; hidden channels of the whole model."""
         made = {"experts": [self.experts.experts, self.experts.stay]} if self.experts else {}
+        made |= {"hidden": [self.hidden.before, self.hidden.after]} if self.hidden else {}
         return made | ({kind: list(counts) for kind, counts in self.width.units.items()} if self.width else {})
 
 
@@ -88,7 +93,7 @@ def plan_shape(
         SparsityError: when the request comes to nothing, or leaves nothing.
     """
     config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
-    kinds = [name for name in recipe.structure if name not in ("depth", "experts")]
+    kinds = [name for name in recipe.structure if name not in ("depth", "experts", "hidden")]
     sparsity, every = recipe.effective_sparsity, len(recipe.structure)
     total = sum(matrix.size for matrix in model.structure.matrices)
     shape = Shape()
@@ -127,6 +132,10 @@ def plan_shape(
             config, model.skeleton, model.structure, model.binding, model.reader, kinds,
             sparsity * len(kinds) / every * total / left, recipe.round_to,
         )  # fmt: skip
+    if "hidden" in recipe.structure and sparsity:
+        shape.hidden = plan_channels(
+            config, model.skeleton, model.structure, model.binding, model.reader, sparsity, recipe.round_to
+        )
     for line in shape.lines:
         reporter.note(line)
     return shape

@@ -12,6 +12,7 @@ import transformers
 
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
+from secateur.corpus.load import load_text
 from secateur.engine.inputs import is_vision
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import SecateurError, UnsupportedModelError
@@ -86,6 +87,16 @@ def measure_sides(
     return Sides(before, after, said, protocol)
 
 
+def check_measurable(skeleton: transformers.PreTrainedModel, data: str) -> None:
+    """Refuse a measuring text that cannot be read, before any work is done.
+
+    Raises:
+        CalibrationError: when there is no such text, it is not UTF-8, or it is empty.
+    """
+    if has_language_head(skeleton):
+        load_text(data, "measure")
+
+
 def _size(folder: Path, prunable: dict[str, int]) -> Measured:
     size = measure_size(folder, keys=prunable)
     total = sum(prunable.values())
@@ -116,10 +127,15 @@ def _quality(
     for folder, side in zip(folders, sides, strict=True):
         try:
             found = evaluate_model(
-                folder, data=text, files=files, sequence_length=length, max_samples=WINDOWS, reporter=reporter
-            )
+                folder, data=text, files=files, sequence_length=length, max_samples=WINDOWS, device=recipe.device,
+                reporter=reporter,
+            )  # fmt: skip
         except UnsupportedModelError as error:
             reporter.note(f"quality was not measured: {error.message}")
+            return
+        except SecateurError as error:  # the result is there, whatever becomes of its measuring
+            which = "the source" if side is sides[0] else "the result"
+            reporter.warn(f"quality of {which} was not measured: {error.message}; {error.hint}")
             return
         side.perplexity, side.nll_per_token, side.accuracy = found.perplexity, found.nll_per_token, found.accuracy
         protocol["quality"] = found.protocol
@@ -143,7 +159,11 @@ def _speed(
             tokens = load_tokenizer(folders[0])(text, add_special_tokens=False)["input_ids"]
         except SecateurError:
             tokens, text = list(range(1, 17)), ""
-    pair = measure_pair(*folders, prompt_tokens=tokens, prompt=text if tokens and text else None, reporter=reporter)
+    try:
+        pair = measure_pair(*folders, prompt_tokens=tokens, prompt=text if tokens and text else None, reporter=reporter)
+    except SecateurError as error:  # as with quality
+        reporter.warn(f"memory and speed were not measured: {error.message}; {error.hint}")
+        return None
     for side, measured in zip(sides, (pair.before, pair.after), strict=True):
         side.bytes_resident = measured.bytes_resident
         side.decode_tokens_per_second = measured.decode_tokens_per_second
