@@ -12,9 +12,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -135,27 +136,45 @@ def greedy_removal(
         The blocks, ascending, and the loss after each removal.
     """
     total = len(structure.blocks)
-    gone: set[int] = set()
-    losses: list[float] = []
     reporter.stage("leaving out blocks", sum(total - done for done in range(remove)))
+    with contextlib.closing(greedy_order(model, structure, loss, reporter)) as order:
+        found = list(itertools.islice(order, remove))
+    return sorted(index for index, _ in found), [value for _, value in found]
+
+
+def greedy_order(
+    model: nn.Module, structure: Structure, loss: Callable[[], float], reporter: Reporter, *, among: int | None = None
+) -> Generator[tuple[int, float]]:
+    """Block after block, each time the one without which ``loss()`` of the model is lowest; one stays.
+
+    Between two of them the model skips all that were given. Close the generator to have the whole model back.
+
+    Args:
+        among: after the first round only so many are tried: those that cost least when they were last tried.
+
+    Yields:
+        The number of a block, and the loss without it and those before it.
+    """
+    left = list(range(len(structure.blocks)))
+    gone: set[int] = set()
+    latest = dict.fromkeys(left, -math.inf)
     with skipping(model, structure, gone):
         loss()  # shows what a block returns before one is skipped
-        for _ in range(remove):
-            found: dict[int, float] = {}
-            for index in range(total):
-                if index not in gone:
-                    gone.add(index)
-                    value = loss()
-                    found[index] = value if math.isfinite(value) else math.inf
-                    gone.discard(index)
-                    reporter.advance(f"block {index}")
-            best = min(found, key=lambda index: (found[index], index))
+        while len(left) > 1:
+            tried = sorted(left, key=lambda index: (latest[index], index))[: among if gone else None]
+            for index in sorted(tried):
+                gone.add(index)
+                value = loss()
+                latest[index] = value if math.isfinite(value) else math.inf
+                gone.discard(index)
+                reporter.advance(f"block {index}")
+            best = min(tried, key=lambda index: (latest[index], index))
             gone.add(best)
-            losses.append(found[best])
-    return sorted(gone), losses
+            left.remove(best)
+            yield best, latest[best]
 
 
-@contextmanager
+@contextlib.contextmanager
 def skipping(model: nn.Module, structure: Structure, gone: set[int]) -> Iterator[None]:
     """While it lasts, the blocks whose numbers are in ``gone``, which may change, hand on what they get."""
     in_tuple = [False]

@@ -94,6 +94,20 @@ def _legal_near(config: Any, current: Any, own: Sequence[Coupling], count: int) 
     return found
 
 
+def legal_counts(config: Any, own: Sequence[Coupling]) -> list[int]:
+    """Numbers of units, less than there are, that the config can express, descending.
+
+    Args:
+        own: the couplings of one kind in all blocks.
+    """
+    first, shapes = own[0], shapes_of(skeleton_of(copy.deepcopy(config)))
+    return [
+        number
+        for number in range(first.units - first.parts, 0, -first.parts)
+        if _search(config, first, number, cut_shapes(shapes, own, {first.kind: number})) is not None
+    ]
+
+
 def noun(kind: Kind) -> str:
     """What the units of a kind are called."""
     return {"ffn": "neurons", "kv-groups": "key-value groups", "heads": "query heads"}[kind]

@@ -88,18 +88,37 @@ def plan_widths(
     total = sum(matrix.size for matrix in structure.matrices)
     shapes = shapes_of(model)
     kept: dict[Kind, int] = {}
+    for name in kinds:
+        kind = cast(Kind, name)
+        own = of_kind(every, kind, structure)
+        each = sum(weights_of_unit(coupling, shapes) for coupling in own)
+        kept[kind] = _stay(kind, own[0], own[0].units - sparsity * total / len(kinds) / each, round_to)
+    return plan_counts(config, model, structure, binding, reader, every, kept)
+
+
+def plan_counts(
+    config: transformers.PreTrainedConfig, model: transformers.PreTrainedModel, structure: Structure, binding: Binding,
+    reader: CheckpointReader, every: Mapping[int, Sequence[Coupling]], kept: Mapping[Kind, int],
+) -> WidthPlan:  # fmt: skip
+    """Find the config for given numbers of units, and prove that the others can be removed.
+
+    Args:
+        every: `couplings_of_blocks`.
+        kept: by kind, units that stay in each block; less than there are.
+
+    Raises:
+        UnsupportedModelError: when blocks have no such units, differ in their number, or cannot be cut.
+        SparsityError: when the config refuses a number.
+    """
+    shapes = shapes_of(model)
     units: dict[Kind, tuple[int, int]] = {}
     jobs: dict[int, list[Job]] = {block.index: [] for block in structure.blocks}
     chosen: list[Coupling] = []
     removed = 0
-    for name in kinds:
-        kind = cast(Kind, name)
-        own = _of_kind(every, kind, structure)
-        each = sum(_weights_of_unit(coupling, shapes) for coupling in own)
-        before = own[0].units
-        after = _stay(kind, own[0], before - sparsity * total / len(kinds) / each, round_to)
-        units[kind], kept[kind] = (before, after), after
-        removed += (before - after) * each
+    for kind, after in kept.items():
+        own = of_kind(every, kind, structure)
+        units[kind] = own[0].units, after
+        removed += (own[0].units - after) * sum(weights_of_unit(coupling, shapes) for coupling in own)
         for index, couplings in every.items():
             jobs[index] += [Job(coupling, after) for coupling in couplings if coupling.kind == kind]
         chosen += own
@@ -114,7 +133,7 @@ def plan_widths(
     return plan
 
 
-def _of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Structure) -> list[Coupling]:
+def of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Structure) -> list[Coupling]:
     """The couplings of one kind in all blocks, which must be alike."""
     found = []
     for block in structure.blocks:
@@ -158,7 +177,7 @@ def _stay(kind: Kind, coupling: Coupling, wanted: float, round_to: int) -> int:
     return max(after, lowest)
 
 
-def _weights_of_unit(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def weights_of_unit(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Weights of matrices that go with one unit."""
     total = 0
     for cut in coupling.cuts:

@@ -10,7 +10,7 @@ no better in perplexity; it takes a dense forward beside the other one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,33 +52,49 @@ class UnitStream(BlockStream):
 
     def _prune_block(self, block: Block, lanes: list[Lane], final: dict[str, Tensor]) -> list[PrunedMatrix]:
         specs = {matrix.name: matrix for matrix in block.matrices}
-        order = expert_order(block.matrices)
-        jobs = sorted(self.jobs.get(block.index, ()), key=lambda job: order[job.coupling.consumer, 0])
-        if lanes:
-            self._install(block, final, self.compute_dtype)
+        jobs = {job.coupling.consumer: job for job in self.jobs.get(block.index, ())}
         whole = dict(final)
         solved: list[_Solved] = []
-        waiting = {job.coupling.consumer: job for job in jobs}
-        for lane in lanes:
-            self._to_consumer(lane, waiting)
-        while at := {lane.event.name for lane in lanes if isinstance(lane.event, AtMatrix)}:
-            name = min(at, key=lambda name: order[name, 0])
-            here = [lane for lane in lanes if isinstance(lane.event, AtMatrix) and lane.event.name == name]
-            job = waiting.pop(name)
-            solved.append(self._solve(job, specs[name], whole, self._seen(here, specs[name])))
-            self._put(specs[name], whole)
-            for lane in here:
-                self._to_consumer(lane, waiting)
-        for lane in lanes:
-            lane.last_input = None
-        # What no calibration token reached, or all where none are needed.
-        solved += [self._solve(job, specs[job.coupling.consumer], whole, None) for job in waiting.values()]
+
+        def solve(name: str, seen: Seen | None) -> None:
+            solved.append(self._solve(jobs[name], specs[name], whole, seen))
+            if seen is not None:
+                self._put(specs[name], whole)
+
+        self._at_consumers(block, lanes, final, jobs, solve)
         final.update(whole)
         self._choices[block.index] = [(one.job.coupling, one.units) for one in solved]
         made = self._as_written(block, final)
         return [self._report(one, specs, made) for one in solved]
 
-    def _to_consumer(self, lane: Lane, waiting: Mapping[str, Job]) -> None:
+    def _at_consumers(
+        self, block: Block, lanes: Sequence[Lane], tensors: Mapping[str, Tensor], consumers: Iterable[str],
+        solve: Callable[[str, Seen | None], None],
+    ) -> None:  # fmt: skip
+        """Run the forwards through a block and call ``solve`` at each consumer with what was seen of its input.
+
+        It sees None where no calibration token arrived, or where there are none.
+        """
+        specs = {matrix.name: matrix for matrix in block.matrices}
+        order = expert_order(block.matrices)
+        if lanes:
+            self._install(block, tensors, self.compute_dtype)
+        waiting = sorted(consumers, key=lambda name: order[name, 0])
+        for lane in lanes:
+            self._to_consumer(lane, waiting)
+        while at := {lane.event.name for lane in lanes if isinstance(lane.event, AtMatrix)}:
+            name = min(at, key=lambda name: order[name, 0])
+            here = [lane for lane in lanes if isinstance(lane.event, AtMatrix) and lane.event.name == name]
+            waiting.remove(name)
+            solve(name, self._seen(here, specs[name]))
+            for lane in here:
+                self._to_consumer(lane, waiting)
+        for lane in lanes:
+            lane.last_input = None
+        for name in waiting:
+            solve(name, None)
+
+    def _to_consumer(self, lane: Lane, waiting: Sequence[str]) -> None:
         """Let a forward go on to the next matrix that is to be solved, or out of the block."""
         self._advance(lane)
         while isinstance(lane.event, AtMatrix) and lane.event.name not in waiting:
@@ -89,7 +105,7 @@ class UnitStream(BlockStream):
 
     def _changed(self, block: Block, matrices: Sequence[PrunedMatrix]) -> set[str]:
         jobs = self.jobs.get(block.index, ())
-        biases = {_bias_of(job.coupling) for job in jobs} if self.update else set()
+        biases = {bias_of(job.coupling) for job in jobs} if self.update else set()
         return {cut.name for job in jobs for cut in job.coupling.cuts} | biases.intersection(block.tensors)
 
     def _written_block(self, block: Block, names: Sequence[str], done: list[PrunedMatrix]) -> dict[str, Tensor]:
@@ -104,9 +120,9 @@ class UnitStream(BlockStream):
 
     # --- one consumer --------------------------------------------------------------------------------------------
 
-    def _seen(self, lanes: Sequence[Lane], spec: MatrixSpec) -> _Seen:
+    def _seen(self, lanes: Sequence[Lane], spec: MatrixSpec) -> Seen:
         """Statistics of the inputs with which forwards have arrived."""
-        seen = _Seen.empty(spec.in_features, self.device)
+        seen = Seen.empty(spec.in_features, self.device)
         for lane in lanes:
             self.store.unpark(lane.watcher)
             assert isinstance(lane.event, AtMatrix)
@@ -114,39 +130,53 @@ class UnitStream(BlockStream):
             self.store.park(lane.watcher)
         return seen
 
-    def _solve(self, job: Job, spec: MatrixSpec, whole: dict[str, Tensor], seen: _Seen | None) -> _Solved:
+    def _solve(self, job: Job, spec: MatrixSpec, whole: dict[str, Tensor], seen: Seen | None) -> _Solved:
         """Choose the units of a consumer, refit it, and put it into ``whole`` with zeros where units go."""
         coupling = job.coupling
-        bias_name = _bias_of(coupling)
-        bias = whole[bias_name].to(self.device, torch.float32) if bias_name in whole else None
-        weight = spec.slices(whole[spec.name])[0].to(self.device, torch.float32)
-        seen = seen or _Seen.blind(spec.in_features, self.device)
-        gram = seen.gram if bias is not None else seen.gram[:-1, :-1]
-        start = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
-        problem = quadratic(gram, None, start, self.damping)
-        assert self.criterion is not None
-        columns = coupling.columns.to(self.device)
-        units = self.criterion.choose(
-            Units(
-                weight=weight, columns=columns, feeding=self._feeding(coupling, whole), gram=seen.gram[:-1, :-1],
-                sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]), problem=problem, parts=coupling.parts,
-            ),
-            coupling.units - job.stay,
-        )  # fmt: skip
-        stays = columns[units.to(self.device)].reshape(-1).sort().values
-        if bias is not None:
-            stays = torch.cat([stays, stays.new_tensor([spec.in_features])])
-        if self.update:
-            made = problem.best(stays)
-        else:
-            made = torch.zeros_like(problem.start)
-            made[stays] = problem.start[stays]
-        loss = problem.loss(made) - problem.loss(problem.best(torch.arange(len(gram), device=self.device)))
-        self._store(spec.name, whole, made[: spec.in_features].t(), spec)
-        if bias is not None and self.update:
-            self._store(bias_name, whole, made[spec.in_features], None)
+        question = self._question(coupling, spec, whole, seen)
+        problem = question.problem
+        units = self._choose(question, job)
+        made = self._refitted(question, coupling, units)
+        loss = problem.loss(made) - problem.loss(problem.best(torch.arange(len(made), device=self.device)))
+        self._take(coupling, spec, whole, made)
         whole.update(zero_units(whole, coupling, units))
         return _Solved(job, units, max(0.0, loss), problem.notes)
+
+    def _question(self, coupling: Coupling, spec: MatrixSpec, whole: Mapping[str, Tensor], seen: Seen | None) -> Units:
+        """What a criterion may know of the units of a consumer, and its least-squares problem."""
+        bias_name = bias_of(coupling)
+        bias = whole[bias_name].to(self.device, torch.float32) if bias_name in whole else None
+        weight = spec.slices(whole[spec.name])[0].to(self.device, torch.float32)
+        seen = seen or Seen.blind(spec.in_features, self.device)
+        gram = seen.gram if bias is not None else seen.gram[:-1, :-1]
+        start = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+        return Units(
+            weight=weight, columns=coupling.columns.to(self.device), feeding=self._feeding(coupling, whole),
+            gram=seen.gram[:-1, :-1], sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]),
+            problem=quadratic(gram, None, start, self.damping), parts=coupling.parts,
+        )  # fmt: skip
+
+    def _choose(self, question: Units, job: Job) -> Tensor:
+        assert self.criterion is not None
+        return self.criterion.choose(question, job.coupling.units - job.stay)
+
+    def _refitted(self, question: Units, coupling: Coupling, units: Tensor) -> Tensor:
+        """W^T (in, out) of a consumer with only these units, its bias as the last row where it has one."""
+        problem, width = question.problem, question.weight.shape[1]
+        stays = question.columns[units.to(self.device)].reshape(-1).sort().values
+        if len(problem.start) > width:
+            stays = torch.cat([stays, stays.new_tensor([width])])
+        if self.update:
+            return problem.best(stays)
+        made = torch.zeros_like(problem.start)
+        made[stays] = problem.start[stays]
+        return made
+
+    def _take(self, coupling: Coupling, spec: MatrixSpec, whole: dict[str, Tensor], made: Tensor) -> None:
+        """Put what `_refitted` made into ``whole``."""
+        self._store(spec.name, whole, made[: spec.in_features].t(), spec)
+        if len(made) > spec.in_features and self.update:
+            self._store(bias_of(coupling), whole, made[spec.in_features], None)
 
     def _store(self, name: str, whole: dict[str, Tensor], made: Tensor, spec: MatrixSpec | None) -> None:
         rounded = made.to(self.output_dtype(name)).cpu()
@@ -188,17 +218,17 @@ class _Solved:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """Statistics of inputs with a column of ones behind them: the last row of the Gram matrix holds their sums."""
 
     statistics: InputStatistics
 
     @classmethod
-    def empty(cls, width: int, device: torch.device) -> _Seen:
+    def empty(cls, width: int, device: torch.device) -> Seen:
         return cls(InputStatistics(width + 1, "gram", device=device))
 
     @classmethod
-    def blind(cls, width: int, device: torch.device) -> _Seen:
+    def blind(cls, width: int, device: torch.device) -> Seen:
         """As if every input had been seen once, alone: only the weights count."""
         seen = cls.empty(width, device)
         seen.statistics.update(torch.eye(width + 1))
@@ -221,7 +251,7 @@ class _Seen:
             raise CalibrationError(f"{error.message} at the input of {name}", hint=error.hint) from None
 
 
-def _bias_of(coupling: Coupling) -> str:
+def bias_of(coupling: Coupling) -> str:
     """Name of the bias that the refit of a consumer changes, if it has one."""
     return f"{coupling.consumer.removesuffix('.weight')}.bias"
 
