@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from secateur.errors import BudgetError, UnknownNameError
 
@@ -45,7 +45,7 @@ def parse_budget(text: str) -> Budget:
         raise BudgetError(f"budget '{text}' is not KEY=VALUE", hint=f"for example {EXAMPLES}")
     if name not in KEYS:
         raise UnknownNameError("budget", raw.strip(), KEYS)
-    key = cast(Key, name)
+    key: Key = name
     if key == "decode":
         times = _number(said.removesuffix("x").removesuffix("X"))
         if times is None or times <= 1:

@@ -62,11 +62,11 @@ def _block_parameters(folder: Path) -> int:
 @pytest.mark.parametrize("share", [0.9, 0.6, 0.3, 0.13])
 def test_what_is_written_has_at_most_the_parameters_asked_for(share: float, tmp_path: Path) -> None:
     folder = _save(tmp_path / "model", num_attention_heads=8, num_key_value_heads=4, head_dim=4)
-    result = _prune(folder, tmp_path / "out", f"parameters={share}", verify=True)
+    result = _prune(folder, tmp_path / "out", f"parameters={share}", verify=share == 0.6)
     before, after = _block_parameters(folder), _block_parameters(tmp_path / "out")
     assert after <= share * before
     assert result.sparsity == pytest.approx(1 - after / before)
-    assert result.verified
+    assert result.verified == (share == 0.6)
     record = json.loads((tmp_path / "out" / "secateur.json").read_text())["budget"]
     assert record["chosen"]["cost"] == after
     assert record["chosen"]["parameters"] == pytest.approx(result.after.parameters / result.before.parameters)
@@ -210,8 +210,8 @@ def test_structures_that_a_model_lacks_are_left_out_and_told(
         def note(self, message: str) -> None:
             notes.append(message)
 
-    result = _prune(folder, tmp_path / "out", "parameters=0.75", verify=True, reporter=Listening())
-    assert result.verified
+    result = _prune(folder, tmp_path / "out", "parameters=0.75", reporter=Listening())
+    assert _stock(tmp_path / "out").num_parameters() == result.after.parameters
     assert set(result.budget["left_out"]) == left_out
     for name, reason in result.budget["left_out"].items():
         assert f"{name} is left out: {reason}" in notes
@@ -238,7 +238,7 @@ def test_resumed_takes_the_split_of_the_interrupted_run(tmp_path: Path) -> None:
                 if not self.left:
                     raise KeyboardInterrupt
 
-    run = {"structure": "depth,ffn", "verify": True}
+    run = {"structure": "depth,ffn"}
     whole = _prune(folder, tmp_path / "whole", "parameters=0.6", **run)
     with pytest.raises(Interrupted):
         _prune(folder, tmp_path / "out", "parameters=0.6", reporter=Watching(2), **run)
@@ -246,7 +246,6 @@ def test_resumed_takes_the_split_of_the_interrupted_run(tmp_path: Path) -> None:
     resumed = _prune(folder, tmp_path / "out", "parameters=0.6", reporter=again, resume=True, **run)
     assert not any("split" in stage or "sizes" in stage for stage in again.stages)
     assert resumed.budget == whole.budget
-    assert resumed.verified
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "out")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -308,7 +307,7 @@ def test_a_dry_run_says_what_the_run_does_and_writes_nothing(
         (BudgetError, "bytes=1GB", "keeps everything", {}),
         (BudgetError, "bytes=1KB", "the least that can be reached is", {}),
         (BudgetError, "parameters=0.001", "the least that can be reached is", {}),
-        (BudgetError, "parameters=0.3", "0.438 of what there is", {"structure": "ffn"}),
+        (BudgetError, "parameters=0.3", "0.417 of what there is", {"structure": "ffn"}),
         (UnsupportedModelError, "parameters=0.5", "none can go", {"structure": "ffn", "round_to": 64}),
     ],
 )

@@ -13,11 +13,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
+from secateur.engine.binding import TensorReader
 from secateur.engine.blocks import Block
 from secateur.engine.capture import Lane
-from secateur.engine.forward import NoSink
+from secateur.engine.forward import Source
 from secateur.engine.stream import Inputs
 from secateur.result import PrunedMatrix
 from secateur.structured.couplings import Coupling, Kind
@@ -26,11 +28,20 @@ from secateur.structured.stream import Job, Seen, UnitStream, bias_of
 Tensors = dict[str, Tensor]
 
 
-class Discard(NoSink):
-    """A sink that keeps nothing."""
+class Discard:
+    """A sink in which no block is done, and that keeps nothing."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
 
     def done(self, index: int) -> list[PrunedMatrix] | None:
         return None
+
+    def reader(self) -> TensorReader:
+        return self._source
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._source.dtype(key)
 
     def write(self, key: str, tensor: Tensor) -> None:
         return

@@ -18,7 +18,8 @@ from secateur.structured.block_choice import distance_from
 
 def fits_in_memory(reader: CheckpointReader, more: int = 0) -> bool:
     """Whether the whole model can be loaded in float32, with ``more`` bytes beside it."""
-    return 2.5 * sum(reader.info(key).nbytes for key in reader.keys) + more < psutil.virtual_memory().available
+    needed = 2.5 * sum(reader.info(key).nbytes for key in reader.keys) + more
+    return bool(needed < psutil.virtual_memory().available)
 
 
 def measured_loss(

@@ -120,7 +120,7 @@ def choose_split(
         raise _out_of_reach(budget, cost, cost.of(order, {kind: own[-1] for kind, own in offers.sizes.items()}))
     measured = bench.trials(found[:TRIALS])
     every = costs.number_cost(layout, model.structure, model.binding, offers.couplings, shapes_of(model.skeleton))
-    considered = [
+    considered: list[dict[str, Any]] = [
         {"blocks_gone": list(split.gone), "units": dict(split.kept), "cost": split.cost, "predicted": split.predicted,
          "measured": value, "parameters": every.of(split.gone, split.kept) / every.of()}
         for split, value in zip(found[:NOTED], [*measured, *[None] * NOTED], strict=False)
@@ -155,22 +155,21 @@ def _cost(
             f"{type(model.skeleton).__name__} does not decode token by token, so there is no step to time",
             hint="give --budget parameters=... or bytes=...",
         )
-    shapes_tried: list[tuple[str, int | None, dict[tuple[str, ...], Any]]] = [("whole", None, {})]
+    shapes_tried: list[tuple[str, int, dict[tuple[str, ...], Any]]] = [("whole", len(structure.blocks), {})]
     if offers.depth:
         shapes_tried.append(("depth", len(offers.depth.kept), offers.depth.changes))
     for kind, plan in offers.smallest.items():
         shapes_tried.append((kind, plan.units[kind][1], plan.shrunk.changes))
     entry = model.binding.unit_of(structure.matrices[0].name).keys[0]
     dtype = next(own.dtype for shard in layout.shards for own in shard.entries if own.key == entry)
-    seconds = step_seconds([changed(config, changes) for _, _, changes in shapes_tried], device=device, dtype=dtype,
-                           reporter=reporter)  # fmt: skip
-    timed = [{"shape": name, "size": size, "seconds": taken}
-             for (name, size, _), taken in zip(shapes_tried, seconds, strict=True)]  # fmt: skip
-    by_name = {entry["shape"]: (entry["size"], entry["seconds"]) for entry in timed}
+    configs = [changed(config, changes) for _, _, changes in shapes_tried]
+    seconds = step_seconds(configs, device=device, dtype=dtype, reporter=reporter)
+    by_name = {name: (size, taken) for (name, size, _), taken in zip(shapes_tried, seconds, strict=True)}
     cost = costs.decode_cost(
         len(structure.blocks), costs.units_of(offers.couplings), seconds[0], by_name.get("depth"),
         {kind: by_name[kind] for kind in offers.smallest},
     )  # fmt: skip
+    timed = [{"shape": name, "size": size, "seconds": taken} for name, (size, taken) in by_name.items()]
     return cost, timed
 
 
