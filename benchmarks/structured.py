@@ -4,8 +4,9 @@ By the reference protocol: calibration is the first 32 windows of 1,024 tokens o
 perplexity is measured on the first 40 windows of 1,024 tokens of the test text. "ffn" removes 384 of 1,536 neurons in
 every block (18.75 % of the prunable weights), "kv-groups" one of three groups, "depth" six of thirty blocks, "hidden"
 108 of 576 hidden channels (18.75 % of the prunable weights, and of the embedding). "plain" is the smallest weights
-without a refit, or for blocks the least influence; "no refit" chooses as the row before does. Seconds and peak memory
-are of the whole process, on one thread, with other work on the second core.
+without a refit, or for blocks the least influence; "no refit" chooses as the row before does. "budget 80%" keeps at
+most 80 % of the prunable weights, split among depth, neurons and groups by measured loss on the calibration text.
+Seconds and peak memory are of the whole process, on one thread, with other work on the second core.
 
     SECATEUR_DATA=folder python benchmarks/structured.py [--only "ffn obs,ffn plain"]
 """
@@ -33,6 +34,7 @@ RUNS: dict[str, list[str]] = {
     "hidden no refit": ["--structure", "hidden", "--sparsity", "0.1875", "--no-update"],
     "hidden plain": ["--structure", "hidden", "--sparsity", "0.1875", "--method", "magnitude", "--no-update"],
     "depth greedy": ["--structure", "depth", "--sparsity", "0.2", "--depth-by", "greedy"],
+    "budget 80%": ["--budget", "parameters=0.8"],
     "depth plain": ["--structure", "depth", "--sparsity", "0.2", "--depth-by", "influence"],
 }
 

@@ -46,6 +46,10 @@ class SparsityError(UsageError):
     """A sparsity outside [0, 1), or one that contradicts the pattern."""
 
 
+class BudgetError(UsageError):
+    """A budget that cannot be read, that keeps everything, or that nothing meets."""
+
+
 class PatternError(UsageError):
     """A pattern that cannot be read, or does not divide the columns of a matrix."""
 

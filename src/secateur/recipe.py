@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.budgets import parse_budget
 from secateur.errors import RecipeError, SparsityError, UnknownNameError
 from secateur.patterns import Pattern, check_sparsity, parse_pattern
 
@@ -17,6 +18,8 @@ DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 2048
 STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "experts", "hidden")
 """What --structure can remove."""
+BUDGET_STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
+"""Among which a budget can be split."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 
 
@@ -45,6 +48,10 @@ class Recipe:
     """unstructured, or N:M to keep N of every M consecutive inputs."""
     structure: tuple[str, ...] = ()
     """Remove whole units, not single weights: depth, ffn, kv-groups, heads, experts, hidden; several by commas."""
+    budget: str | None = None
+    """Instead of --sparsity: parameters=0.75 (at most this share of the block parameters stays), bytes=150MB or
+    bytes=0.75 (weights on disk), or decode=1.5x (times as fast, predicted). How depth, neurons and attention share it
+    is chosen by measured loss on calibration text; --structure says which of them may be used (all that there are)."""
     depth_by: str = "auto"
     """How --structure depth chooses blocks: greedy, influence or angular; auto is greedy where that is affordable."""
     round_to: int = 32
@@ -77,6 +84,8 @@ class Recipe:
     """Activations beyond this spill to disk, e.g. 2GB; auto is half of the free memory."""
 
     def __post_init__(self) -> None:
+        if self.budget is not None and not self.structure:
+            object.__setattr__(self, "structure", ("auto",))
         if self.method == "auto":
             units = "reap" if "experts" in self.structure else "obs"
             object.__setattr__(self, "method", units if self.structure else "sparsegpt")
@@ -96,8 +105,10 @@ class Recipe:
                 raise RecipeError(f"{name} is {value}", hint=f"{name} must be at least 1")
 
     def _check_structure(self) -> None:
+        if self.budget is not None:
+            self._check_budget()
         for name in self.structure:
-            if name not in STRUCTURES:
+            if name not in STRUCTURES and not (self.budget is not None and self.structure == ("auto",)):
                 raise UnknownNameError("structure", name, STRUCTURES)
         if len(set(self.structure)) < len(self.structure):
             raise RecipeError(f"structure {', '.join(self.structure)} names one twice")
@@ -121,10 +132,31 @@ class Recipe:
         }  # fmt: skip
         for name, given in (other if self.structure else own).items():
             if given:
-                where = "has no meaning with --structure" if self.structure else "needs --structure"
+                asked = "structure" if self.budget is None else "budget"
+                where = f"has no meaning with --{asked}" if self.structure else "needs --structure"
                 raise RecipeError(f"{name} {where}", hint="leave it out")
-        if self.structure and "depth" not in self.structure and self.depth_by != "auto":
+        if self.structure and not {"depth", "auto"} & {*self.structure} and self.depth_by != "auto":
             raise RecipeError("depth_by needs --structure depth", hint="leave it out")
+
+    def _check_budget(self) -> None:
+        parse_budget(self.budget or "")
+        if self.sparsity is not None:
+            raise RecipeError("budget and sparsity say two things about one size", hint="give one of them")
+        for name in self.structure:
+            if name in STRUCTURES and name not in BUDGET_STRUCTURES:
+                raise RecipeError(
+                    f"a budget cannot be split with structure {name} yet",
+                    hint=f"it can among {', '.join(BUDGET_STRUCTURES)}",
+                )
+        if {"kv-groups", "heads"} <= {*self.structure}:
+            raise RecipeError(
+                "kv-groups and heads are units of the same matrices", hint="name one of them with --budget"
+            )
+        if self.depth_by not in ("auto", "greedy"):
+            raise RecipeError(
+                f"depth_by {self.depth_by} has no meaning with a budget",
+                hint="there blocks are chosen by measured loss",
+            )
 
     @property
     def parsed_pattern(self) -> Pattern:
@@ -165,7 +197,7 @@ class Recipe:
         return cls(**values)
 
 
-_STRINGS = {"method", "depth_by", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}
+_STRINGS = {"method", "budget", "depth_by", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}
 _INTEGERS = {"samples", "sequence_length", "seed", "round_to"}
 
 
@@ -176,7 +208,7 @@ def _checked(key: str, value: Any, where: str) -> Any:
         return RecipeError(f"{where}: {key} is {value!r}", hint=f"{key} must be {expected}")
 
     if value is None:
-        if key in {"samples", "sequence_length", "sparsity"}:
+        if key in {"samples", "sequence_length", "sparsity", "budget"}:
             return None
         raise refuse("set; leave the line out for the default")
     if key in _STRINGS:

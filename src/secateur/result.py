@@ -143,6 +143,8 @@ class PruneResult(_Plain):
     """Numbers of the hidden channels that stayed; None when none was removed."""
     shape_changes: dict[str, Any] = field(default_factory=dict)
     """Config entries that changed with the shapes, nested ones with dots."""
+    budget: dict[str, Any] | None = None
+    """How a budget was split: what was measured and considered, and what was chosen; None without one."""
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)
@@ -152,7 +154,7 @@ class PruneResult(_Plain):
 
 @dataclass
 class PlanResult(_Plain):
-    """What `secateur prune --structure ... --dry-run` prints."""
+    """What `secateur prune --structure ... --dry-run` prints, or `--budget ... --dry-run`."""
 
     lines: list[str]
     """The plan in words."""
@@ -166,6 +168,8 @@ class PlanResult(_Plain):
     """By structure: units of a block before and after."""
     shape_changes: dict[str, Any]
     """Config entries that would change, nested ones with dots."""
+    budget: dict[str, Any] | None = None
+    """How a budget would be split: what was measured and considered, and what was chosen; None without one."""
 
 
 @dataclass

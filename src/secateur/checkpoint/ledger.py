@@ -93,6 +93,16 @@ class Ledger:
         return cls(path, fingerprint, lines[1:])
 
     @staticmethod
+    def header(path: Path) -> dict[str, Any] | None:
+        """The fingerprint of an earlier run; None when there is none that can be read."""
+        try:
+            with path.open(encoding="utf-8") as file:
+                found = json.loads(file.readline())
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    @staticmethod
     def any_step(path: Path) -> bool:
         """Whether a ledger notes at least one finished step."""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,7 +104,9 @@ Beside = Annotated[
 
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", rich_help_panel=OUTPUT_PANEL, help="With --structure: print the plan and stop there."),
+    typer.Option(
+        "--dry-run", rich_help_panel=OUTPUT_PANEL, help="With --structure or --budget: print the plan and stop there."
+    ),
 ]
 
 
@@ -113,6 +116,7 @@ def prune(
     sparsity: Annotated[float | None, option("sparsity")] = None,
     pattern: Annotated[str | None, option("pattern")] = None,
     structure: Annotated[list[str] | None, option("structure", metavar="NAMES")] = None,
+    budget: Annotated[str | None, option("budget", metavar="KEY=VALUE")] = None,
     depth_by: Annotated[str | None, option("depth_by")] = None,
     round_to: Annotated[int | None, option("round_to")] = None,
     update: Annotated[bool | None, option("update", "--update/--no-update")] = None,
@@ -152,6 +156,7 @@ def prune(
         "sparsity": sparsity,
         "pattern": pattern,
         "structure": structure,
+        "budget": budget,
         "depth_by": depth_by,
         "round_to": round_to,
         "update": update,
@@ -268,11 +273,13 @@ def parse_overrides(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def default_out(model: str, recipe: Recipe) -> Path:
-    """The folder to write when none is given: ``demo-wanda-0.5``, ``Llama-3.2-1B-sparsegpt-2-4``.
+    """The folder to write when none is given: ``demo-wanda-0.5``, ``Llama-3.2-1B-sparsegpt-2-4``, ``demo-bytes-0.75``.
 
     Raises:
         UsageError: when no name can be made from MODEL.
     """
+    if recipe.budget is not None:
+        return Path(f"{name_of(model)}-{re.sub(r'[^0-9A-Za-z.]+', '-', recipe.budget)}")
     pattern = recipe.parsed_pattern
     amount = f"{recipe.effective_sparsity:g}" if pattern.unstructured else f"{pattern.keep}-{pattern.group}"
     done = "-".join(recipe.structure) or recipe.method

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import re
 from typing import Any
 
 import torch
 
+from secateur.budgets import parse_size
 from secateur.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def resolve_device(name: str) -> torch.device:
@@ -85,7 +83,7 @@ def activation_limit(text: str) -> int:
         import psutil
 
         return int(psutil.virtual_memory().available // 2)
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip(), flags=re.IGNORECASE)
-    if not match or match[2].upper() not in _UNITS:
+    size = parse_size(text)
+    if size is None:
         raise UsageError(f"activation_memory is '{text}'", hint="give a size such as 500MB or 2GB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return size

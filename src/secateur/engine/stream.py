@@ -73,6 +73,8 @@ class BlockStream:
     compute_dtype: torch.dtype = torch.float32
     seed: int = 0
     reporter: Reporter = field(default_factory=Reporter)
+    stage: str = "pruning"
+    """What the reporter is told that is going on."""
 
     def __post_init__(self) -> None:
         self._outside: dict[str, None] = {}
@@ -98,7 +100,7 @@ class BlockStream:
         lanes = [self._lane(batch, observed=True) for batch in batches]
         prober = self._lane(probe, observed=False) if probe is not None else None
         answer: torch.Tensor | None = None
-        self.reporter.stage("pruning", count)
+        self.reporter.stage(self.stage, count)
         try:
             with self._started(lanes):
                 trim_memory()

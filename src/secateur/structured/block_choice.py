@@ -12,9 +12,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,29 +182,51 @@ def greedy_removal(
         The blocks, ascending, and the loss after each removal.
     """
     total = len(structure.blocks)
-    quotas = quotas or Quotas(structure, None)
-    gone: set[int] = set()
-    losses: list[float] = []
     reporter.stage("leaving out blocks", sum(total - done for done in range(remove)))
+    with contextlib.closing(greedy_order(model, structure, loss, reporter, quotas=quotas)) as order:
+        found = list(itertools.islice(order, remove))
+    _check_count([index for index, _ in found], remove)
+    return sorted(index for index, _ in found), [value for _, value in found]
+
+
+def greedy_order(
+    model: nn.Module, structure: Structure, loss: Callable[[], float], reporter: Reporter, *, among: int | None = None,
+    quotas: Quotas | None = None,
+) -> Generator[tuple[int, float]]:  # fmt: skip
+    """Block after block, each time the one without which ``loss()`` of the model is lowest.
+
+    One stays, and those without which the model does not run.
+
+    Between two of them the model skips all that were given. Close the generator to have the whole model back.
+
+    Args:
+        among: after the first round only so many are tried: those that cost least when they were last tried.
+
+    Yields:
+        The number of a block, and the loss without it and those before it.
+    """
+    quotas = quotas or Quotas(structure, None)
+    left = list(range(len(structure.blocks)))
+    gone: set[int] = set()
+    latest = dict.fromkeys(left, -math.inf)
     with skipping(model, structure, gone):
         loss()  # shows what a block returns before one is skipped
-        for _ in range(remove):
-            found: dict[int, float] = {}
-            for index in range(total):
-                if index not in gone and quotas.allows(index):
-                    gone.add(index)
-                    value = _loss_if_any(loss)
-                    found[index] = value if math.isfinite(value) else math.inf
-                    gone.discard(index)
-                    reporter.advance(f"block {index}")
-            best = min(found, key=lambda index: (found[index], index), default=None)
-            if best is None or found[best] == math.inf:
-                _check_count(sorted(gone), remove)
-            assert best is not None
+        while len(left) > 1:
+            tried = sorted(filter(quotas.allows, left), key=lambda index: (latest[index], index))
+            tried = tried[: among if gone else None]
+            for index in sorted(tried):
+                gone.add(index)
+                value = _loss_if_any(loss)
+                latest[index] = value if math.isfinite(value) else math.inf
+                gone.discard(index)
+                reporter.advance(f"block {index}")
+            best = min(tried, key=lambda index: (latest[index], index), default=None)
+            if best is None or latest[best] == math.inf:
+                return
             gone.add(best)
+            left.remove(best)
             quotas.take(best)
-            losses.append(found[best])
-    return sorted(gone), losses
+            yield best, latest[best]
 
 
 def _loss_if_any(loss: Callable[[], float]) -> float:
@@ -216,7 +239,7 @@ def _loss_if_any(loss: Callable[[], float]) -> float:
         return math.inf
 
 
-@contextmanager
+@contextlib.contextmanager
 def skipping(model: nn.Module, structure: Structure, gone: set[int]) -> Iterator[None]:
     """While it lasts, the blocks whose numbers are in ``gone``, which may change, hand on what they get."""
 

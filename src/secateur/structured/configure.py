@@ -130,6 +130,20 @@ def _legal_near(config: Any, found: Shrunk, own: Sequence[Coupling], count: int)
     return legal
 
 
+def legal_counts(config: Any, own: Sequence[Coupling]) -> list[int]:
+    """Numbers of units, less than there are, that the config can express, descending.
+
+    Args:
+        own: the couplings of one kind in all blocks.
+    """
+    first, whole = own[0], Shrunk(skeleton_of(copy.deepcopy(config)), {})
+    return [
+        number
+        for number in range(first.units - first.parts, 0, -first.parts)
+        if _search(config, whole, own, {first.group: number}) is not None
+    ]
+
+
 def noun(kind: Kind) -> str:
     """What the units of a kind are called."""
     return {"ffn": "neurons", "kv-groups": "key-value groups", "heads": "query heads"}[kind]

@@ -105,7 +105,7 @@ def plan_widths(
         for name in kinds:
             own = [c for c in _of_kind(every, cast(Kind, name), structure) if c.group not in unsaid]
             # Of every coupling the same share goes, also where they have different numbers of units.
-            share = sparsity * total / len(kinds) / sum(c.units * _weights_of_unit(c, shapes) for c in own)
+            share = sparsity * total / len(kinds) / sum(c.units * weights_of_unit(c, shapes) for c in own)
             for coupling in own:
                 if coupling.group not in kept:
                     kept[coupling.group] = _stay(coupling, coupling.units * (1 - share), round_to)
@@ -116,6 +116,33 @@ def plan_widths(
     unsaid = list(shrunk.unsaid)
     if unsaid:  # the others give what these do not
         shrunk = shrunk_without(unsaid)
+    return _proved(model, structure, binding, reader, shrunk, unsaid)
+
+
+def plan_counts(
+    config: transformers.PreTrainedConfig, model: transformers.PreTrainedModel, structure: Structure, binding: Binding,
+    reader: CheckpointReader, every: Mapping[int, Sequence[Coupling]], kept: Mapping[Kind, int],
+) -> WidthPlan:  # fmt: skip
+    """Find the config for given numbers of units, and prove that the others can be removed.
+
+    Args:
+        every: `couplings_of_blocks`.
+        kept: by kind, units that stay in each block; less than there are.
+
+    Raises:
+        UnsupportedModelError: when blocks have no such units, differ in their number, or cannot be cut.
+        SparsityError: when the config refuses a number.
+    """
+    chosen = [coupling for kind in kept for coupling in of_kind(every, kind, structure)]
+    return _proved(model, structure, binding, reader, shrink(config, chosen, dict(kept)), [])
+
+
+def _proved(
+    model: transformers.PreTrainedModel, structure: Structure, binding: Binding, reader: CheckpointReader,
+    shrunk: Shrunk, unsaid: list[str],
+) -> WidthPlan:  # fmt: skip
+    """The plan for a config that was found, tried on random weights."""
+    shapes = shapes_of(model)
     units = {coupling.group: (coupling.units, shrunk.kept[coupling.group]) for coupling in shrunk.couplings}
     jobs: dict[int, list[Job]] = {
         block.index: [
@@ -124,7 +151,7 @@ def plan_widths(
         ]
         for block in structure.blocks
     }  # fmt: skip
-    removed = sum((c.units - shrunk.kept[c.group]) * _weights_of_unit(c, shapes) for c in shrunk.couplings)
+    removed = sum((c.units - shrunk.kept[c.group]) * weights_of_unit(c, shapes) for c in shrunk.couplings)
     plan = WidthPlan(jobs, shrunk, units, shrunk.couplings, removed, unsaid)
 
     def visit(block: Block, module: nn.Module, call: Call, tensors: dict[str, Tensor]) -> None:
@@ -135,6 +162,22 @@ def plan_widths(
 
     visit_blocks(model, structure, binding, reader, visit)
     return plan
+
+
+def of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Structure) -> list[Coupling]:
+    """The couplings of one kind, which all blocks must have, and alike.
+
+    Raises:
+        UnsupportedModelError: when they do not.
+    """
+    found = _of_kind(every, kind, structure)
+    without = [block.name for block in structure.blocks if all(c.kind != kind for c in every[block.index])]
+    if without or len({coupling.group for coupling in found}) > 1 or any(coupling.experts for coupling in found):
+        raise UnsupportedModelError(
+            f"a budget is not split over {noun(kind)} that blocks do not have alike, or that are in experts",
+            hint="use --structure with --sparsity",
+        )
+    return found
 
 
 def _of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Structure) -> list[Coupling]:
@@ -175,7 +218,7 @@ def _stay(coupling: Coupling, wanted: float, round_to: int) -> int:
     return max(after, lowest)
 
 
-def _weights_of_unit(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def weights_of_unit(coupling: Coupling, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Weights of matrices that go with one unit."""
     total = 0
     for cut in coupling.cuts:

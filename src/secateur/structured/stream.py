@@ -11,7 +11,7 @@ no better in perplexity; it takes a dense forward beside the other one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -55,39 +55,58 @@ class UnitStream(BlockStream):
 
     def _prune_block(self, block: Block, lanes: list[Lane], final: dict[str, Tensor]) -> list[PrunedMatrix]:
         specs = {matrix.name: matrix for matrix in block.matrices}
-        order = expert_order(block.matrices)
-        jobs = sorted(self.jobs.get(block.index, ()), key=lambda job: order[job.coupling.consumer, 0])
-        if lanes:
-            self._install(block, final, self.compute_dtype)
+        jobs = {job.coupling.consumer: job for job in self.jobs.get(block.index, ())}
         whole = dict(final)
-        for job in jobs:
+        for job in jobs.values():
             if job.coupling.experts:  # their slices change one by one
                 whole[job.coupling.consumer] = whole[job.coupling.consumer].clone()
         solved: list[_Solved] = []
-        waiting = {
-            (job.coupling.consumer, expert): job for job in jobs for expert in range(max(job.coupling.experts, 1))
-        }
-        for lane in lanes:
-            self._to_consumer(lane, waiting)
-        while at := {(lane.event.name, lane.event.expert) for lane in lanes if isinstance(lane.event, AtMatrix)}:
-            place = name, expert = min(at, key=order.__getitem__)
-            here = [lane for lane in lanes if isinstance(lane.event, AtMatrix) and _place(lane.event) == place]
-            job = waiting.pop(place)
-            solved.append(self._solve(job, expert, specs[name], whole, self._seen(here, specs[name])))
-            self._put(specs[name], whole)
-            for lane in here:
-                self._to_consumer(lane, waiting)
-        for lane in lanes:
-            lane.last_input = None
-        # What no calibration token reached, or all where none are needed.
-        solved += [self._solve(job, expert, specs[name], whole, None) for (name, expert), job in waiting.items()]
+
+        def solve(name: str, expert: int, seen: Seen | None) -> None:
+            solved.append(self._solve(jobs[name], expert, specs[name], whole, seen))
+            if seen is not None:
+                self._put(specs[name], whole)
+
+        places = [(name, expert) for name, job in jobs.items() for expert in range(max(job.coupling.experts, 1))]
+        self._at_consumers(block, lanes, final, places, solve)
         final.update(whole)
-        of_job = [sorted((one for one in solved if one.job is job), key=lambda one: one.expert) for job in jobs]
+        of_job = [sorted((one for one in solved if one.job is job), key=lambda one: one.expert)
+                  for job in jobs.values()]  # fmt: skip
         self._choices[block.index] = [(parts[0].job.coupling, _units_of(parts)) for parts in of_job]
         made = self._as_written(block, final)
         return [self._report(parts, specs, made) for parts in of_job]
 
-    def _to_consumer(self, lane: Lane, waiting: Mapping[tuple[str, int], Job]) -> None:
+    def _at_consumers(
+        self, block: Block, lanes: Sequence[Lane], tensors: Mapping[str, Tensor], places: Iterable[tuple[str, int]],
+        solve: Callable[[str, int, Seen | None], None],
+    ) -> None:  # fmt: skip
+        """Run the forwards through a block and call ``solve`` at each consumer with what was seen of its input.
+
+        It sees None where no calibration token arrived, or where there are none.
+
+        Args:
+            places: consumers, and numbers of the experts in them; 0 where there are none.
+        """
+        specs = {matrix.name: matrix for matrix in block.matrices}
+        order = expert_order(block.matrices)
+        if lanes:
+            self._install(block, tensors, self.compute_dtype)
+        waiting = sorted(places, key=order.__getitem__)
+        for lane in lanes:
+            self._to_consumer(lane, waiting)
+        while at := {_place(lane.event) for lane in lanes if isinstance(lane.event, AtMatrix)}:
+            place = name, expert = min(at, key=order.__getitem__)
+            here = [lane for lane in lanes if isinstance(lane.event, AtMatrix) and _place(lane.event) == place]
+            waiting.remove(place)
+            solve(name, expert, self._seen(here, specs[name]))
+            for lane in here:
+                self._to_consumer(lane, waiting)
+        for lane in lanes:
+            lane.last_input = None
+        for name, expert in waiting:
+            solve(name, expert, None)
+
+    def _to_consumer(self, lane: Lane, waiting: Collection[tuple[str, int]]) -> None:
         """Let a forward go on to the next matrix that is to be solved, or out of the block."""
         self._advance(lane)
         while isinstance(lane.event, AtMatrix) and _place(lane.event) not in waiting:
@@ -98,7 +117,7 @@ class UnitStream(BlockStream):
 
     def _changed(self, block: Block, matrices: Sequence[PrunedMatrix]) -> set[str]:
         jobs = self.jobs.get(block.index, ())
-        biases = {_bias_of(job.coupling) for job in jobs} if self.update else set()
+        biases = {bias_of(job.coupling) for job in jobs} if self.update else set()
         return {cut.name for job in jobs for cut in job.coupling.cuts} | biases.intersection(block.tensors)
 
     def _written_block(self, block: Block, names: Sequence[str], done: list[PrunedMatrix]) -> dict[str, Tensor]:
@@ -114,9 +133,9 @@ class UnitStream(BlockStream):
 
     # --- one consumer --------------------------------------------------------------------------------------------
 
-    def _seen(self, lanes: Sequence[Lane], spec: MatrixSpec) -> _Seen:
+    def _seen(self, lanes: Sequence[Lane], spec: MatrixSpec) -> Seen:
         """Statistics of the inputs with which forwards have arrived."""
-        seen = _Seen.empty(spec.in_features, self.device)
+        seen = Seen.empty(spec.in_features, self.device)
         for lane in lanes:
             self.store.unpark(lane.watcher)
             assert isinstance(lane.event, AtMatrix)
@@ -124,46 +143,64 @@ class UnitStream(BlockStream):
             self.store.park(lane.watcher)
         return seen
 
-    def _solve(self, job: Job, expert: int, spec: MatrixSpec, whole: dict[str, Tensor], seen: _Seen | None) -> _Solved:
+    def _solve(self, job: Job, expert: int, spec: MatrixSpec, whole: dict[str, Tensor], seen: Seen | None) -> _Solved:
         """Choose the units of a consumer, refit it, and put it into ``whole`` with zeros where units go."""
         coupling = job.coupling
-        bias_name = _bias_of(coupling)
-        bias = whole[bias_name].to(self.device, torch.float32) if bias_name in whole else None
-        weight = spec.slices(whole[spec.name])[expert].to(self.device, torch.float32)
         unseen = coupling.experts and seen is None and (self.criterion is None or self.criterion.data)
         notes = ["no calibration token reached it"] if unseen else []
-        seen = seen or _Seen.blind(spec.in_features, self.device)
+        question = self._question(coupling, expert, spec, whole, seen)
+        problem = question.problem
+        units = self._choose(question, job)
+        made = self._refitted(question, units)
+        loss = problem.loss(made) - problem.loss(problem.best(torch.arange(len(made), device=self.device)))
+        self._take(coupling, expert, spec, whole, made)
+        return _Solved(job, expert, units, max(0.0, loss), [*notes, *problem.notes])
+
+    def _question(
+        self, coupling: Coupling, expert: int, spec: MatrixSpec, whole: Mapping[str, Tensor], seen: Seen | None
+    ) -> Units:
+        """What a criterion may know of the units of a consumer, and its least-squares problem."""
+        bias_name = bias_of(coupling)
+        bias = whole[bias_name].to(self.device, torch.float32) if bias_name in whole else None
+        weight = spec.slices(whole[spec.name])[expert].to(self.device, torch.float32)
+        seen = seen or Seen.blind(spec.in_features, self.device)
         gram = seen.gram if bias is not None else seen.gram[:-1, :-1]
         start = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
-        problem = quadratic(gram, None, start, self.damping)
-        assert self.criterion is not None
-        columns = coupling.columns.to(self.device)
-        units = self.criterion.choose(
-            Units(
-                weight=weight, columns=columns, feeding=self._feeding(coupling, expert, whole),
-                gram=seen.gram[:-1, :-1], sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]), problem=problem,
-                parts=coupling.parts, salience=self.saliences.get((coupling.kind, coupling.consumer)),
-            ),
-            coupling.units - job.stay,
+        return Units(
+            weight=weight, columns=coupling.columns.to(self.device), feeding=self._feeding(coupling, expert, whole),
+            gram=seen.gram[:-1, :-1], sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]),
+            problem=quadratic(gram, None, start, self.damping), parts=coupling.parts,
+            salience=self.saliences.get((coupling.kind, coupling.consumer)),
         )  # fmt: skip
-        stays = columns[units.to(self.device)].reshape(-1).sort().values
-        if bias is not None:
-            stays = torch.cat([stays, stays.new_tensor([spec.in_features])])
+
+    def _choose(self, question: Units, job: Job) -> Tensor:
+        assert self.criterion is not None
+        return self.criterion.choose(question, job.coupling.units - job.stay)
+
+    def _refitted(self, question: Units, units: Tensor) -> Tensor:
+        """W^T (in, out) of a consumer with only these units, its bias as the last row where it has one.
+
+        What goes is exactly zero.
+        """
+        problem, width = question.problem, question.weight.shape[1]
+        stays = question.columns[units.to(self.device)].reshape(-1).sort().values
+        if len(problem.start) > width:
+            stays = torch.cat([stays, stays.new_tensor([width])])
         if self.update:
-            made = problem.best(stays)
-        else:
-            made = torch.zeros_like(problem.start)
-            made[stays] = problem.start[stays]
-        loss = problem.loss(made) - problem.loss(problem.best(torch.arange(len(gram), device=self.device)))
-        # What stays is refitted, what goes is exactly zero: `best` and the branch without it leave no other columns.
+            return problem.best(stays)
+        made = torch.zeros_like(problem.start)
+        made[stays] = problem.start[stays]
+        return made
+
+    def _take(self, coupling: Coupling, expert: int, spec: MatrixSpec, whole: dict[str, Tensor], made: Tensor) -> None:
+        """Put what `_refitted` made into ``whole``."""
         refitted = self._rounded(spec.name, made[: spec.in_features].t())
         if coupling.experts:
             spec.slices(whole[spec.name])[expert].copy_(refitted)
         else:
             whole[spec.name] = (refitted.t() if spec.transposed else refitted).contiguous()
-        if bias is not None and self.update:
-            whole[bias_name] = self._rounded(bias_name, made[spec.in_features]).contiguous()
-        return _Solved(job, expert, units, max(0.0, loss), [*notes, *problem.notes])
+        if len(made) > spec.in_features and self.update:
+            whole[bias_of(coupling)] = self._rounded(bias_of(coupling), made[spec.in_features]).contiguous()
 
     def _rounded(self, name: str, made: Tensor) -> Tensor:
         """A tensor in the format in which it is written."""
@@ -217,17 +254,17 @@ class _Solved:
 
 
 @dataclass
-class _Seen:
+class Seen:
     """Statistics of inputs with a column of ones behind them: the last row of the Gram matrix holds their sums."""
 
     statistics: InputStatistics
 
     @classmethod
-    def empty(cls, width: int, device: torch.device) -> _Seen:
+    def empty(cls, width: int, device: torch.device) -> Seen:
         return cls(InputStatistics(width + 1, "gram", device=device))
 
     @classmethod
-    def blind(cls, width: int, device: torch.device) -> _Seen:
+    def blind(cls, width: int, device: torch.device) -> Seen:
         """As if every input had been seen once, alone: only the weights count."""
         seen = cls.empty(width, device)
         seen.statistics.update(torch.eye(width + 1))
@@ -259,7 +296,7 @@ def _units_of(parts: Sequence[_Solved]) -> Tensor:
     return torch.stack([one.units for one in parts]) if parts[0].job.coupling.experts else parts[0].units
 
 
-def _bias_of(coupling: Coupling) -> str:
+def bias_of(coupling: Coupling) -> str:
     """Name of the bias that the refit of a consumer changes, if it has one."""
     return f"{coupling.consumer.removesuffix('.weight')}.bias"
 

@@ -180,9 +180,13 @@ def options_of(method: Chooser) -> dict[str, Any]:
 
 def prepare(
     source: Source, recipe: Recipe, method: Chooser | None, data: Data | None, reporter: Recorder,
-    stack: ExitStack,
+    stack: ExitStack, resumed: Mapping[str, Any] | None = None,
 ) -> Job:  # fmt: skip
-    """Open and check everything. Nothing is written here."""
+    """Open and check everything. Nothing is written here.
+
+    Args:
+        resumed: fingerprint of the run that is taken up: what took long to choose is not chosen again.
+    """
     if method is None:
         method = make_chooser(recipe.method, recipe.structure, recipe.method_options)
     check_chooser(method, recipe.structure)
@@ -224,7 +228,9 @@ def prepare(
     shape = Shape()
     if recipe.structure:
         check_finite(reader, reporter)
-        shape = plan_shape(recipe, source, opened, calibrated, device, compute, reporter, stack)
+        same = resumed is not None and resumed.get("config_sha256") == _config_digest(source)
+        earlier = resumed.get("split") if resumed is not None and same else None
+        shape = plan_shape(recipe, source, opened, method, calibrated, device, compute, reporter, stack, earlier)
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
     if _needs_data(method, recipe):
         calibration = calibrated()
@@ -346,15 +352,20 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         "recipe": recipe,
         "blocks": job.shape.depth.kept if job.shape.depth else None,
         "channels": job.choices.keep.tolist() if job.choices.keep is not None else None,
+        "split": job.shape.split.record if job.shape.split else None,
         "source_sha256": job.source_hash,
         "calibration": job.calibration.protocol,
         "calibration_sha256": _digest_of(job.calibration.batches),
-        "config_sha256": hashlib.sha256((job.source.folder / "config.json").read_bytes()).hexdigest(),
+        "config_sha256": _config_digest(job.source),
         "device": str(job.device),
         "compute_dtype": str(job.compute),
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
+
+
+def _config_digest(source: Source) -> str:
+    return hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest()
 
 
 def _digest_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:

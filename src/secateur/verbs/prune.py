@@ -100,7 +100,8 @@ def prune(
             OutputFolder(out, overwrite=overwrite, resume=resume)  # refuse before anything is fetched
             source = open_source(model, reporter=recorder)
         folder = OutputFolder(out, overwrite=overwrite, resume=resume, source_folder=source.folder)
-        job = prepare(source, recipe, chosen, own_data, recorder, stack)
+        resumed = Ledger.header(folder.partial / LEDGER) if resume else None
+        job = prepare(source, recipe, chosen, own_data, recorder, stack, resumed)
         if evaluate:
             check_measurable(job.model, data)
         folder.require_space(job.layout.nbytes)
@@ -155,6 +156,7 @@ def prune(
             blocks_kept=job.shape.depth.kept if job.shape.depth else None,
             channels_kept=job.choices.keep.tolist() if job.choices.keep is not None else None,
             shape_changes=job.shape_changes,
+            budget=job.shape.split.record if job.shape.split else None,
             warnings=recorder.warnings,
             versions=versions(),
             shards=dict(written.expected.shards),
@@ -182,11 +184,11 @@ def plan(model: str | Path, *, recipe: Recipe, reporter: Reporter | None = None)
     """What a structured pruning would remove, found and proved as `prune` does it; nothing is written.
 
     Raises:
-        UsageError: for a recipe without a structure.
+        UsageError: for a recipe without a structure or budget.
         SecateurError: whatever `prune` would refuse.
     """
     if not recipe.structure:
-        raise UsageError("a plan needs a structure", hint="give --structure, for example --structure ffn")
+        raise UsageError("a plan needs a structure", hint="give --structure ffn, for example, or --budget")
     recorder = Recorder(reporter)
     with ExitStack() as stack:
         job = prepare(open_source(model, reporter=recorder), recipe, None, None, recorder, stack)
@@ -199,6 +201,7 @@ def plan(model: str | Path, *, recipe: Recipe, reporter: Reporter | None = None)
             blocks_kept=job.shape.depth.kept if job.shape.depth else None,
             units=job.shape.units,
             shape_changes=job.shape_changes,
+            budget=job.shape.split.record if job.shape.split else None,
         )
 
 

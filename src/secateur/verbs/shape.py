@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 import transformers
 
@@ -23,8 +21,7 @@ from secateur.engine.forward import NoSink, Stored, rehearse
 from secateur.engine.plan import Plan
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.measure.model import load_model
-from secateur.measure.perplexity import perplexity
-from secateur.plugins import make_method
+from secateur.plugins import Chooser, Criterion, GradientCriterion, make_method
 from secateur.progress import Recorder
 from secateur.recipe import Recipe
 from secateur.structured import block_choice
@@ -33,8 +30,11 @@ from secateur.structured.channels import Channels
 from secateur.structured.depth import DepthPlan, row_counts, unlike_others, without_blocks
 from secateur.structured.entries import changed
 from secateur.structured.experts import ExpertPlan, plan_experts
-from secateur.structured.plan import WidthPlan, plan_widths
+from secateur.structured.ladder import first
+from secateur.structured.plan import WidthPlan, couplings_of_blocks, plan_counts, plan_widths
 from secateur.verbs.calibration import Calibration
+from secateur.verbs.loss import fits_in_memory, measured_loss
+from secateur.verbs.split import Chosen, choose_split
 
 
 @dataclass
@@ -55,6 +55,8 @@ class Shape:
     experts: ExpertPlan | None = None
     width: WidthPlan | None = None
     hidden: Channels | None = None
+    split: Chosen | None = None
+    """How a budget was split."""
 
     @property
     def changes(self) -> dict[tuple[str, ...], Any]:
@@ -68,7 +70,8 @@ class Shape:
     def lines(self) -> list[str]:
         """The plan in words."""
         parts = [part.line() for part in (self.depth, self.experts, self.hidden) if part]
-        return parts + (self.width.lines() if self.width else [])
+        budget = self.split.lines() if self.split else []
+        return budget + parts + (self.width.lines() if self.width else [])
 
     @property
     def units(self) -> dict[str, list[int]]:
@@ -79,14 +82,16 @@ class Shape:
 
 
 def plan_shape(
-    recipe: Recipe, source: Source, model: Model, calibration: Callable[[], Calibration], device: torch.device,
-    compute: torch.dtype, reporter: Recorder, stack: ExitStack,
+    recipe: Recipe, source: Source, model: Model, criterion: Chooser, calibration: Callable[[], Calibration],
+    device: torch.device, compute: torch.dtype, reporter: Recorder, stack: ExitStack, earlier: dict[str, Any] | None,
 ) -> Shape:  # fmt: skip
     """Decide what goes, and prove on random weights that it can.
 
     Args:
         model: changed in place to the one without the blocks that go.
+        criterion: chooses units.
         calibration: loads the calibration data, where the choice of blocks needs it.
+        earlier: how the run that is resumed split the budget; None for a new run.
 
     Raises:
         UnsupportedModelError: when this model has no such structure, or it cannot be cut.
@@ -97,7 +102,18 @@ def plan_shape(
     sparsity, every = recipe.effective_sparsity, len(recipe.structure)
     total = sum(matrix.size for matrix in model.structure.matrices)
     shape = Shape()
-    if "depth" in recipe.structure and sparsity:
+    if recipe.budget is not None:
+        if not isinstance(criterion, Criterion) or isinstance(criterion, GradientCriterion):
+            raise UsageError(
+                f"method {recipe.method} does not go with --budget: it needs more than the inputs of each matrix",
+                hint="leave --method out, or give --structure and --sparsity",
+            )
+        shape.split = Chosen(earlier) if earlier else choose_split(
+            recipe, source, config, model, criterion, calibration(), device, compute, reporter
+        )  # fmt: skip
+        if gone := shape.split.gone:
+            shape.depth = without_blocks(config, model.skeleton, model.structure, model.binding, model.reader, gone)
+    elif "depth" in recipe.structure and sparsity:
         counts = row_counts(model.structure, sparsity / every)
         for row in dict.fromkeys(block.row for block in model.structure.blocks if block.row not in counts):
             reporter.note(f"the calibration data does not reach {row}: its blocks stay")
@@ -114,6 +130,7 @@ def plan_shape(
                 raise
             reporter.note(f"{error.message}; blocks that are the only ones of their build now stay")
             shape.depth = without(fixed)
+    if shape.depth is not None:
         config = changed(config, shape.depth.changes)
         model.skeleton = shape.depth.skeleton
         model.structure = find_structure(model.skeleton)
@@ -126,7 +143,12 @@ def plan_shape(
             config, model.skeleton, model.structure, model.binding, model.reader, sparsity / every * total / left
         )
         stack.enter_context(shape.experts.reader)
-    if kinds and sparsity:
+    if shape.split and shape.split.kept:
+        couplings = couplings_of_blocks(model.skeleton, model.structure, model.binding, model.reader)
+        shape.width = plan_counts(
+            config, model.skeleton, model.structure, model.binding, model.reader, couplings, shape.split.kept
+        )
+    elif kinds and sparsity and recipe.budget is None:
         left = sum(matrix.size for matrix in model.structure.matrices)
         shape.width = plan_widths(
             config, model.skeleton, model.structure, model.binding, model.reader, kinds,
@@ -154,7 +176,7 @@ def _choose_blocks(
         )
     total = len(model.structure.blocks)
     batches = calibration.batches
-    fits = 2.5 * sum(model.reader.info(key).nbytes for key in model.reader.keys) < psutil.virtual_memory().available
+    fits = fits_in_memory(model.reader)
     if way == "auto":
         size = sum(parameter.numel() for parameter in model.skeleton.parameters())
         cheap = block_choice.greedy_is_affordable(total, count, size, block_choice.GREEDY_TOKENS)
@@ -166,13 +188,14 @@ def _choose_blocks(
         )
     if way == "greedy":
         whole = load_model(source.folder, device=str(device), dtype="float32")
+        few = first(batches, block_choice.GREEDY_TOKENS)
         try:
-            loss = _measured_loss(whole, batches, device, compute)
+            loss, _ = measured_loss(whole, few, device, compute)
         except RuntimeError as error:  # some models use numbers that a narrow format does not have
             if compute == torch.float32 or isinstance(error, torch.OutOfMemoryError):
                 raise
             reporter.note(f"losses are measured in float32: {str(error).splitlines()[0]}")
-            loss = _measured_loss(whole, batches, device, torch.float32)
+            loss, _ = measured_loss(whole, few, device, torch.float32)
         gone, losses = block_choice.greedy_removal(whole, model.structure, count, loss, reporter, quotas)
         reporter.note(f"loss on calibration text after each block: {', '.join(f'{value:.3f}' for value in losses)}")
         return gone
@@ -185,48 +208,3 @@ def _choose_blocks(
     states = stream.look(batches)
     choose = block_choice.least_influence if way == "influence" else block_choice.smallest_angle
     return choose(states, count, quotas)
-
-
-def _measured_loss(
-    whole: transformers.PreTrainedModel, batches: list[dict[str, torch.Tensor]], device: torch.device,
-    compute: torch.dtype,
-) -> Callable[[], float]:  # fmt: skip
-    """Loss of a model on the first calibration tokens: next tokens where it has them, else distance of outputs."""
-    few = _first(batches, block_choice.GREEDY_TOKENS)
-
-    def precision() -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device.type, compute, enabled=compute != torch.float32)
-
-    rows = [batch["input_ids"] for batch in few if set(batch) == {"input_ids"}]
-    with precision():
-        if len(rows) == len(few):
-            windows = torch.cat([row for row in rows if row.shape[1] == rows[0].shape[1]])
-            with contextlib.suppress(UnsupportedModelError):
-                perplexity(whole, windows[:1, :2])
-                return _within(precision, lambda: perplexity(whole, windows).nll_per_token)
-        moved = [{name: value.to(device) for name, value in batch.items()} for batch in few]
-        return _within(precision, block_choice.distance_from(whole, moved))
-
-
-def _within(
-    precision: Callable[[], contextlib.AbstractContextManager[Any]], loss: Callable[[], float]
-) -> Callable[[], float]:
-    def measured() -> float:
-        with precision():
-            return loss()
-
-    return measured
-
-
-def _first(batches: list[dict[str, torch.Tensor]], tokens: int) -> list[dict[str, torch.Tensor]]:
-    """Batches until they hold that many tokens; at least one."""
-    taken: list[dict[str, torch.Tensor]] = []
-    for batch in batches:
-        taken.append(batch)
-        if sum(_tokens(one) for one in taken) >= tokens:
-            break
-    return taken
-
-
-def _tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    return max(value.shape[0] * (value.shape[1] if value.ndim == 2 else 1) for value in batch.values())
