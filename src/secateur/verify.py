@@ -137,7 +137,7 @@ def _fresh_output(folder: Path, inputs: Mapping[str, torch.Tensor], reporter: Re
         size = 2 * sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         if size > psutil.virtual_memory().available:
             reporter.note("the model does not fit in memory: it is verified block by block")
-            command = [sys.executable, "-m", "secateur.verify", str(folder), str(given), str(out)]
+            command = [sys.executable, "-P", "-m", "secateur.verify", str(folder), str(given), str(out)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise VerificationError(f"{folder} cannot be opened again: {_last_line(done.stderr)}")

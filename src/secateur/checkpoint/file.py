@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,14 +21,15 @@ class OutputFile:
         out: where the result shall stand.
         suffix: how its name must end.
         overwrite: an existing file may be replaced.
-        source_folder: the model that is read; OUT must not lie in it.
+        sources: files and folders that are read, as the user named them and where they lie; OUT must not be one, or
+            lie in one.
 
     Raises:
         OutputError: when OUT exists, is a folder, has another suffix, lies in the model or cannot be written.
     """
 
     def __init__(
-        self, out: str | Path, *, suffix: str, overwrite: bool = False, source_folder: str | Path | None = None
+        self, out: str | Path, *, suffix: str, overwrite: bool = False, sources: Iterable[str | Path] = ()
     ) -> None:
         self.out = Path(out).expanduser().resolve()
         self.partial = self.out.with_name(self.out.name + ".partial") if self.out.name else self.out
@@ -44,10 +46,13 @@ class OutputFile:
             )
         if self.partial.is_dir():
             raise OutputError(f"{self.partial} is a folder and in the way", hint="remove it, or choose another name")
-        if source_folder is not None and Path(source_folder).expanduser().resolve() in self.out.parents:
-            raise OutputError(
-                f"output file {self.out} is inside the model {source_folder}", hint="choose a place beside the model"
-            )
+        for source in (Path(one).expanduser().resolve() for one in sources):
+            if source in (self.out, *self.out.parents):
+                where = "the model itself" if source == self.out else f"inside the model {source}"
+                raise OutputError(
+                    f"output file {self.out} is {where}",
+                    hint="choose another name, or a place beside the model",
+                )
         parent = self._parent()
         if not parent.is_dir():
             raise OutputError(f"{parent} is a file, so {self.out} cannot be made", hint="choose another place")

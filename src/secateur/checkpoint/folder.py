@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,7 +34,7 @@ class OutputFolder:
         out: where the result shall stand.
         overwrite: an existing result may be replaced and, unless ``resume``, a left-over partial folder discarded.
         resume: go on in the partial folder of an earlier run.
-        source_folder: the model that is read; OUT must not touch it.
+        sources: files and folders that are read, as the user named them and where they lie; OUT must not touch one.
 
     Raises:
         OutputError: when OUT exists, is a file, overlaps the model or cannot be written; when there is a partial folder
@@ -46,7 +47,7 @@ class OutputFolder:
         *,
         overwrite: bool = False,
         resume: bool = False,
-        source_folder: str | Path | None = None,
+        sources: Iterable[str | Path] = (),
     ) -> None:
         self.out = Path(out).expanduser().resolve()
         self.partial = self.out.with_name(self.out.name + ".partial") if self.out.name else self.out
@@ -54,25 +55,27 @@ class OutputFolder:
         self.resuming = resume
         self._aside = self.out.parent / f".{self.out.name}.replaced"
         self._lock: int | None = None
-        self._check_place(None if source_folder is None else Path(source_folder).expanduser().resolve())
+        self._check_place()
+        for source in sources:
+            self._check_apart(Path(source).expanduser().resolve())
         self._check_existing()
         self._check_partial()
 
-    def _check_place(self, source: Path | None) -> None:
+    def _check_apart(self, source: Path) -> None:
+        if self.out == source:
+            raise OutputError(f"output folder {self.out} is a model that is read", hint="choose another output folder")
+        if source in self.out.parents:
+            raise OutputError(
+                f"output folder {self.out} is inside the model {source}", hint="choose a folder beside the model"
+            )
+        if self.out in source.parents:
+            raise OutputError(
+                f"the model {source} is inside the output folder {self.out}", hint="choose a folder beside the model"
+            )
+
+    def _check_place(self) -> None:
         if not self.out.name:
             raise OutputError(f"{self.out} cannot be the output folder", hint="name a folder that does not exist yet")
-        if source is not None:
-            if self.out == source:
-                raise OutputError(f"output folder {self.out} is the model itself", hint="choose another output folder")
-            if source in self.out.parents:
-                raise OutputError(
-                    f"output folder {self.out} is inside the model {source}", hint="choose a folder beside the model"
-                )
-            if self.out in source.parents:
-                raise OutputError(
-                    f"the model {source} is inside the output folder {self.out}",
-                    hint="choose a folder beside the model",
-                )
         parent = self._parent()
         if not parent.is_dir():
             raise OutputError(f"{parent} is a file, so {self.out} cannot be made", hint="choose another output folder")

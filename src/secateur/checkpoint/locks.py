@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ def take_lock(path: Path, *, wait: bool = False) -> int | None:
     With ``wait`` it returns only once the lock is held.
 
     Raises:
-        OSError: when the file cannot be made.
+        OSError: when the file cannot be made, or its disk knows no locks.
     """
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -27,7 +28,9 @@ def take_lock(path: Path, *, wait: bool = False) -> int | None:
             fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(lock).st_nlink == 0:  # its last holder removed it while we waited
                 raise BlockingIOError
-    except OSError:
+    except OSError as error:
         os.close(lock)
-        return None
+        if isinstance(error, BlockingIOError) or error.errno in (errno.EACCES, errno.EDEADLK):
+            return None
+        raise OSError(error.errno, f"{os.strerror(error.errno or 0)}: this disk knows no locks", str(path)) from error
     return lock

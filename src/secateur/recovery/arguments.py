@@ -21,6 +21,7 @@ DECIDED = frozenset({
     "output_dir", "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "eval_strategy", "do_eval", "do_predict", "remove_unused_columns",
     "label_smoothing_factor", "resume_from_checkpoint", "push_to_hub", "auto_find_batch_size", "use_cpu", "seed",
+    "save_only_model",
 })  # fmt: skip
 """Arguments of the stock Trainer that would contradict what recover does itself."""
 REFUSED = {

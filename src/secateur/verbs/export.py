@@ -10,7 +10,7 @@ from typing import Any
 import transformers
 
 from secateur.checkpoint.file import OutputFile
-from secateur.checkpoint.source import open_source
+from secateur.checkpoint.source import open_source, places_of
 from secateur.checkpoint.writer import hash_file
 from secateur.formats._base import Format
 from secateur.formats.gguf import GGUFPlan
@@ -49,12 +49,13 @@ def export(
     recorder = Recorder(reporter)
     chosen = make_format(format, options)
     with ExitStack() as stack:
-        OutputFile(out, suffix=chosen.suffix, overwrite=overwrite)  # refuse before anything is fetched
+        named = [] if isinstance(model, transformers.PreTrainedModel) else places_of(model)
+        OutputFile(out, suffix=chosen.suffix, overwrite=overwrite, sources=named)  # refuse before anything is fetched
         if isinstance(model, transformers.PreTrainedModel):
             source, _ = as_source(model, tokenizer, out, stack)
         else:
             source = open_source(model, reporter=recorder)
-        file = OutputFile(out, suffix=chosen.suffix, overwrite=overwrite, source_folder=source.folder)
+        file = OutputFile(out, suffix=chosen.suffix, overwrite=overwrite, sources=[source.folder, *named])
         plan = chosen.plan(source, recorder)
         file.require_space(plan.nbytes)
         verification: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import transformers
 
 from secateur.checkpoint.folder import OutputFolder
 from secateur.checkpoint.ledger import LEDGER, Ledger
-from secateur.checkpoint.source import open_source
+from secateur.checkpoint.source import open_source, places_of
 from secateur.errors import (
     Interrupted,
     OutputError,
@@ -87,6 +87,7 @@ def prune(
     with ExitStack() as stack:
         in_memory = model if isinstance(model, transformers.PreTrainedModel) else None
         in_place = out is None
+        named: list[Path] = []
         if in_place and in_memory is not None and recipe.structure:
             raise UsageError("a model in memory cannot become smaller in place", hint="give OUT, and load it")
         if in_memory is not None:
@@ -97,9 +98,10 @@ def prune(
             raise UsageError("prune needs an output folder", hint="give OUT: secateur.prune(model, 'out')")
         else:
             assert isinstance(model, str | Path)
-            OutputFolder(out, overwrite=overwrite, resume=resume)  # refuse before anything is fetched
+            named += places_of(model)
+            OutputFolder(out, overwrite=overwrite, resume=resume, sources=named)  # refuse before anything is fetched
             source = open_source(model, reporter=recorder)
-        folder = OutputFolder(out, overwrite=overwrite, resume=resume, source_folder=source.folder)
+        folder = OutputFolder(out, overwrite=overwrite, resume=resume, sources=[source.folder, *named])
         resumed = Ledger.header(folder.partial / LEDGER) if resume else None
         job = prepare(source, recipe, chosen, own_data, recorder, stack, resumed)
         if evaluate:

@@ -19,7 +19,7 @@ from secateur.checkpoint.check import check_finite, check_model_folder, hash_fol
 from secateur.checkpoint.folder import OutputFolder, copy_side_files
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.reader import CheckpointReader
-from secateur.checkpoint.source import Source, open_source
+from secateur.checkpoint.source import Source, open_source, places_of
 from secateur.corpus.load import load_text
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
@@ -121,8 +121,8 @@ class _Asked:
     measure_data: str
     files: Sequence[str | Path]
 
-    def folder(self, source: Path | None = None) -> OutputFolder:
-        return OutputFolder(self.out, overwrite=self.overwrite, resume=self.resume, source_folder=source)
+    def folder(self, *sources: Path) -> OutputFolder:
+        return OutputFolder(self.out, overwrite=self.overwrite, resume=self.resume, sources=sources)
 
 
 def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> RecoverResult:
@@ -149,7 +149,13 @@ def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> Recover
             )
         fingerprint = _fingerprint(chosen, opened, lesson, device, dtype)
         _check_same(processes.gather(fingerprint))
-        folder = asked.folder(opened.source.folder) if processes.first else None
+        read = [
+            opened.source.folder,
+            *places_of(asked.model),
+            *([lesson.teacher.source.folder] if lesson.teacher else []),
+            *(places_of(chosen.teacher) if chosen.teacher else []),
+        ]
+        folder = asked.folder(*read) if processes.first else None
         if folder is not None:
             folder.require_space(_bytes_needed(opened.source.folder, chosen))
             stack.enter_context(folder)
@@ -169,9 +175,12 @@ def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> Recover
             copy_side_files(opened.source.folder, partial)
             result = _result(asked, opened, lesson, taught, partial, device, dtype, seconds, recorder)
         except KeyboardInterrupt:
+            place = asked.out.with_name(asked.out.name + ".partial")
+            kept = last_checkpoint(place / "trainer") is not None or (blocks and Ledger.any_step(place / LEDGER))
             raise Interrupted(
-                f"stopped; the last checkpoint is kept in {asked.out.name}.partial",
-                hint="go on with the same command and --resume",
+                f"stopped; what was done is kept in {place.name}" if kept else "stopped before the first checkpoint",
+                hint="go on with the same command and --resume"
+                + ("" if kept else ", which starts from the first step; --save-minutes says how often one is made"),
             ) from None
         except (RunError, VerificationError):
             raise
@@ -188,8 +197,11 @@ def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> Recover
             raise
         write_recovery_card(partial, result)
         write_json(partial / RESULT_FILE, result.to_dict())
-        _tidy(partial)
-        folder.commit()
+        try:
+            out = folder.commit()
+        except OutputError as error:  # the work is done: nothing was refused
+            raise RunError(error.message, hint=error.hint) from error
+        _tidy(out)
         processes.on_first(result.to_dict)
     return result
 
@@ -357,6 +369,6 @@ def _verified(folder: Path, source: Path, taught: Taught, reporter: Reporter) ->
     return checked
 
 
-def _tidy(partial: Path) -> None:
-    """Trainer checkpoints are of no use once the result is whole."""
-    shutil.rmtree(partial / "trainer", ignore_errors=True)
+def _tidy(out: Path) -> None:
+    """Trainer checkpoints are of no use once the result is whole and has its name."""
+    shutil.rmtree(out / "trainer", ignore_errors=True)

@@ -90,14 +90,14 @@ def teach(
                 hint="leave fsdp out: each process then holds the whole model",
             )
         trainer.remove_callback(transformers.PrinterCallback)
-        steps, seconds = _budget(lesson, trainer, collate, data, ledger, processes, reporter)
+        steps, seconds, logging = _budget(lesson, trainer, collate, data, ledger, processes, reporter)
         arguments.max_steps = steps
         given = {key.replace("-", "_") for key in settings.trainer}
         if not given & {"warmup_steps", "warmup_ratio"}:
             # The first step of a warm-up has rate 0: one that is the only step must not be.
             arguments.warmup_steps = min(max(1, round(0.05 * steps)), steps - 1)
         if "logging_steps" not in given:
-            arguments.logging_steps = max(1, steps // 20)
+            arguments.logging_steps = logging
         resumed = last_checkpoint(Path(arguments.output_dir))
         processes.gather(None)  # from here on they wait for each other's gradients, where nobody hears of an error
         try:
@@ -194,10 +194,11 @@ def _dataset(lesson: Lesson, indices: Sequence[int], cache: TeacherLogits | None
 def _budget(
     lesson: Lesson, trainer: RecoveryTrainer, collate: Any, data: Any, ledger: Ledger | None, processes: Processes,
     reporter: Reporter,
-) -> tuple[int, float | None]:  # fmt: skip
-    """Steps of the run and the measured seconds of one, as the first process finds them; it says what it will cost.
+) -> tuple[int, float | None, int]:  # fmt: skip
+    """Steps of the run, the measured seconds of one, and how often losses are noted, as the first process finds them.
 
-    With FSDP there are no seconds: no process holds the whole model, and a step of a part is none.
+    It says what the run will cost. With FSDP there are no seconds: no process holds the whole model, and a step of a
+    part is none. Checkpoints are made where losses are noted, so this happens as often as checkpoints are wanted.
     """
 
     def decide() -> list[Any]:
@@ -208,20 +209,27 @@ def _budget(
             batch = collate([data[index] for index in range(count)])
             seconds = time_of_step(trainer, batch, trainer.args.gradient_accumulation_steps)
         steps = lesson.steps
-        noted = next((entry["steps"] for entry in ledger.steps if "steps" in entry), None)
+        noted = next((entry for entry in ledger.steps if "steps" in entry), None)
         if noted is not None:
-            steps = noted  # a resumed run must not measure itself another length
+            steps = noted["steps"]  # a resumed run must not measure itself another length
         elif steps is None:
             assert lesson.settings.minutes is not None
             assert seconds is not None
             steps = _steps_in(lesson.settings.minutes, seconds)
         if noted is None:
-            ledger.append({"steps": steps})
+            noted = {"steps": steps, "logging_steps": _logging_steps(steps, seconds, lesson.settings.save_minutes)}
+            ledger.append(noted)
         reporter.note(_told_cost(lesson, trainer.model, steps, seconds))
-        return [steps, seconds]
+        return [steps, seconds, noted.get("logging_steps", max(1, steps // 20))]
 
-    steps, seconds = processes.on_first(decide)
-    return steps, seconds
+    steps, seconds, logging = processes.on_first(decide)
+    return steps, seconds, logging
+
+
+def _logging_steps(steps: int, seconds: float | None, save_minutes: float) -> int:
+    """A twentieth of the run, but never longer than the time between two checkpoints."""
+    often = steps // 20 if seconds is None else min(steps // 20, int(60 * save_minutes / max(seconds, 1e-9)))
+    return max(1, often)
 
 
 def _steps_in(minutes: float, seconds: float) -> int:
