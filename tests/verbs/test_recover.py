@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from secateur.recovery.blocks import BlockRecovery
 from secateur.recovery.objectives import LanguageObjective
 from secateur.recovery.trainer import COMPLETE, Checkpoints, RecoveryTrainer, Tell, last_checkpoint
 from secateur.result import RecoverResult
+from secateur.verbs import teach
 from tests.models import save_tiny
 
 MODES = ("full", "lora", "norms-and-biases", "blocks")
@@ -230,7 +232,6 @@ def test_what_the_user_gives_the_trainer_counts(root: Path, tmp_path: Path, monk
 
 
 def test_budget_in_minutes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from secateur.verbs import teach
 
     monkeypatch.setattr(teach, "time_of_step", lambda *a: 2.0)
     result = _recover(_pruned(root, "llama", "llama"), tmp_path / "out", root, tokens=None, minutes=0.2)
@@ -281,8 +282,8 @@ def _killed_run(mode: str, root: Path, out: Path, **changes: Any) -> RecoverResu
     torch.set_num_threads(1)  # the same in parent and children: another number of threads may round differently
     family, options = KILLED[mode]
     return _recover(
-        _pruned(root, family, family), out, root, mode=mode, learning_rate=RATES[mode], save_minutes=1e-9,
-        tokens=320, **options, **changes,
+        _pruned(root, family, family), out, root, mode=mode, learning_rate=RATES[mode], tokens=320,
+        **{"save_minutes": 1e-9, **options, **changes},
     )  # fmt: skip
 
 
@@ -404,6 +405,40 @@ def test_resume_does_only_what_is_left(mode: str, root: Path, tmp_path: Path) ->
     told = Stages()
     _killed_run(mode, root, tmp_path / "out", resume=True, reporter=told)
     assert told.totals["training"] == 5 - done
+
+
+def test_out_that_appears_during_the_run_costs_no_training(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def appear(*_: object) -> None:
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.import_module("secateur.verbs.recover"), "write_recovery_card", appear)
+        with pytest.raises(RunError, match="appeared during the run"):
+            _killed_run("full", root, out)
+    shutil.rmtree(out)
+    assert last_checkpoint(tmp_path / "out.partial" / "trainer") is not None
+    told = Stages()
+    _killed_run("full", root, out, resume=True, reporter=told)
+    assert told.totals["training"] < 5
+    assert not (out / "trainer").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "seconds", "expected"), [(400, 60.0, 10), (400, 0.1, 20), (400, None, 20), (10, 1.0, 1), (400, 3e3, 1)]
+)
+def test_checkpoints_can_be_made_as_often_as_asked(steps: int, seconds: float | None, expected: int) -> None:
+    """They are made where losses are noted."""
+    assert importlib.import_module("secateur.verbs.teach")._logging_steps(steps, seconds, save_minutes=10.0) == expected
+
+
+def test_a_stop_before_the_first_checkpoint_says_so(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="before the first checkpoint"):
+        _killed_run("full", root, tmp_path / "out", reporter=StopAt("training", 2), save_minutes=1e6)
 
 
 def test_without_any_whole_checkpoint_it_starts_again(whole: Callable[[str], Any], root: Path, tmp_path: Path) -> None:
