@@ -436,6 +436,12 @@ def test_checkpoints_can_be_made_as_often_as_asked(steps: int, seconds: float | 
     assert importlib.import_module("secateur.verbs.teach")._logging_steps(steps, seconds, save_minutes=10.0) == expected
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_verdict_says_whether_zeros_were_checked(verify: bool, root: Path, tmp_path: Path) -> None:
+    told = _recover(_pruned(root, "llama", "llama"), tmp_path / "out", root, mode="blocks", verify=verify).verdict[0]
+    assert ("every held zero was checked" in told) is verify
+
+
 def test_a_stop_before_the_first_checkpoint_says_so(root: Path, tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="before the first checkpoint"):
         _killed_run("full", root, tmp_path / "out", reporter=StopAt("training", 2), save_minutes=1e6)

@@ -149,12 +149,9 @@ def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> Recover
             )
         fingerprint = _fingerprint(chosen, opened, lesson, device, dtype)
         _check_same(processes.gather(fingerprint))
-        read = [
-            opened.source.folder,
-            *places_of(asked.model),
-            *([lesson.teacher.source.folder] if lesson.teacher else []),
-            *(places_of(chosen.teacher) if chosen.teacher else []),
-        ]
+        read = [opened.source.folder, *places_of(asked.model)]
+        if lesson.teacher is not None:
+            read.append(lesson.teacher.source.folder)
         folder = asked.folder(*read) if processes.first else None
         if folder is not None:
             folder.require_space(_bytes_needed(opened.source.folder, chosen))
@@ -236,7 +233,10 @@ def _result(
         training=taught.report,
         zeros_held=taught.zeros_held,
         verified=bool(verification),
-        verdict=recovery_sentences(measured.get("teacher"), measured["before"], measured["after"], taught.report),
+        verdict=recovery_sentences(
+            measured.get("teacher"), measured["before"], measured["after"], taught.report,
+            checked=bool(verification) or asked.settings.mode != "blocks",  # the other modes look as they write
+        ),
         protocol={**lesson.protocol, "compute_dtype": str(dtype).removeprefix("torch."), "device": str(device),
                   "quality": protocol},
         verification=verification,

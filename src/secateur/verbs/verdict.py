@@ -26,10 +26,16 @@ def sentences(before: Measured, after: Measured, decode: Ratio | None, removed: 
 
 
 def recovery_sentences(
-    teacher: Measured | None, before: Measured, after: Measured, training: Mapping[str, Any]
-) -> list[str]:
-    """What training brought, how much of the way to the dense model it is, and whether it generalises."""
-    said = [f"{after.sparsity:.1%} of the prunable weights are zero, as before: every held zero was checked."]
+    teacher: Measured | None, before: Measured, after: Measured, training: Mapping[str, Any],
+    *, checked: bool,
+) -> list[str]:  # fmt: skip
+    """What training brought, how much of the way to the dense model it is, and whether it generalises.
+
+    Args:
+        checked: the held zeros were looked at in what was written.
+    """
+    proof = "every held zero was checked" if checked else "the held zeros were not checked in what was written"
+    said = [f"{after.sparsity:.1%} of the prunable weights are zero, as before: {proof}."]
     said += _quality(before, after)
     if teacher is not None and None not in (teacher.nll_per_token, before.nll_per_token, after.nll_per_token):
         assert teacher.nll_per_token is not None
