@@ -15,6 +15,7 @@ import secateur
 from secateur.engine.inputs import output_tensor
 from secateur.errors import Interrupted, RecipeError, SparsityError, UnsupportedModelError
 from secateur.result import PruneResult
+from secateur.structured.channels import Channels
 from secateur.verbs.prune import plan
 from tests.models import FAMILIES, calibration_for, save_tiny
 from tests.structured.test_prune_units import StopAt
@@ -100,6 +101,24 @@ def test_what_cannot_is_refused_with_the_reason(family: str, tmp_path: Path) -> 
         _prune(folder, tmp_path / "out", family)
     assert "--structure" in caught.value.hint
     assert not (tmp_path / "out").exists()
+
+
+def test_the_proof_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer cut along other channels, and a norm that keeps its weight, are found out before anything is written."""
+    folder = save_tiny(tmp_path / "model", "llama")
+    cut = Channels.cut
+
+    def shifted(self, name, tensor, keep, scales):
+        return cut(self, name, tensor, (keep + name.endswith("1.mlp.down_proj.weight")) % 32, scales)
+
+    def unscaled(self, name, tensor, keep, scales):
+        return cut(self, name, tensor, keep, {} if name.endswith("1.input_layernorm.weight") else scales)
+
+    for spoiled in (shifted, unscaled):
+        monkeypatch.setattr(Channels, "cut", spoiled)
+        with pytest.raises(UnsupportedModelError, match="computes something else without hidden channels"):
+            _prune(folder, tmp_path / "out", "llama")
+        assert not (tmp_path / "out").exists()
 
 
 def test_parameters_that_go_are_those_of_the_channels(tmp_path: Path) -> None:
