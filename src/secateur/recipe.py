@@ -118,6 +118,11 @@ class Recipe:
                 f"experts and {', '.join(beside)} cannot go in one run: their methods are of two kinds",
                 hint="remove experts first, then prune the result once more",
             )
+        if {"kv-groups", "heads"} <= set(self.structure):
+            raise RecipeError(
+                "kv-groups and heads cannot go in one run: both cut the same output projection",
+                hint="choose one, or prune the result once more",
+            )
         if "hidden" in self.structure and len(self.structure) > 1:
             raise RecipeError(
                 "structure hidden goes alone: every other unit is tied to the hidden channels",

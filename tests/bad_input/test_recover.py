@@ -139,6 +139,19 @@ def test_request_that_makes_no_sense(
     refused(kind, words, root / "dense-pruned", tmp_path / "out", **{**text(root), **options})
 
 
+def test_model_from_which_units_were_removed(root: Path, tmp_path: Path) -> None:
+    """It has no zeros, and that is as it should be; only a teacher of other shapes cannot be read into it."""
+    small = tmp_path / "small"
+    secateur.prune(
+        root / "dense", small, structure="ffn", sparsity=0.2, round_to=1, method="magnitude", update=False,
+        evaluate=False, verify=False,
+    )  # fmt: skip
+    words = "other shapes in the teacher|full or lora"
+    refused(SourceError, words, small, tmp_path / "out", mode="blocks", **text(root))
+    result = secateur.recover(small, tmp_path / "out", tokens=64, evaluate=False, verify=False, **text(root))
+    assert result.zeros_held == 0
+
+
 def test_model_without_zeros(root: Path, tmp_path: Path) -> None:
     refused(UsageError, "dense has no zeros|--dense", root / "dense", tmp_path / "out", **text(root))
     secateur.recover(

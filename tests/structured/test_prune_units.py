@@ -230,6 +230,7 @@ def test_resumed_is_the_uninterrupted_run(structure: str, tmp_path: Path) -> Non
         (UnknownNameError, "did you mean 'ffn'", {"structure": "fnn"}),
         (UnknownNameError, "did you mean 'wanda'", {"structure": "ffn", "method": "wnda"}),
         (RecipeError, "names one twice", {"structure": "ffn,ffn"}),
+        (RecipeError, "same output projection", {"structure": "kv-groups,heads"}),
         (RecipeError, "pattern has no meaning with --structure", {"structure": "ffn", "pattern": "2:4"}),
         (RecipeError, "targets has no meaning", {"structure": "ffn", "targets": "*down*"}),
         (RecipeError, "round_to needs --structure", {"round_to": 8}),

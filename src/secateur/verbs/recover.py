@@ -142,7 +142,10 @@ def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> Recover
         )
         blocks = chosen.mode == "blocks"
         zeros = count_zeros(opened.source, opened.skeleton)
-        if not zeros and not asked.dense:
+        smaller = bool(opened.result.get("shape_changes") or opened.result.get("blocks_kept"))
+        if not zeros and smaller and not asked.dense:
+            recorder.note("whole units were removed: there are no zeros to hold, and all weights may change")
+        elif not zeros and not asked.dense:
             raise UsageError(
                 f"{opened.source.name} has no zeros: there is no pattern to hold",
                 hint="prune it first, or train it as it is with --dense",

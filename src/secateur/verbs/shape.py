@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -181,7 +183,10 @@ def _choose_blocks(
         size = sum(parameter.numel() for parameter in model.skeleton.parameters())
         cheap = block_choice.greedy_is_affordable(total, count, size, block_choice.GREEDY_TOKENS)
         way = "greedy" if fits and cheap else "influence"
-        reporter.note(f"blocks are chosen by {way}" + ("" if way == "greedy" else ": greedy would take long"))
+        reason = (
+            "" if way == "greedy" else ": " + ("greedy would take long" if fits else "the model does not fit in memory")
+        )
+        reporter.note(f"blocks are chosen by {way}{reason}")
     if way == "greedy" and not fits:
         raise UsageError(
             "--depth-by greedy needs the model in memory, and it does not fit", hint="use --depth-by influence"
@@ -202,8 +207,8 @@ def _choose_blocks(
     stored = Stored(model.reader)
     stream = block_choice.StateStream(
         model.skeleton, model.structure, model.binding, stored, NoSink(stored), make_method("magnitude"), Plan(),
-        ActivationStore(activation_limit(recipe.activation_memory), source.folder), device, compute, recipe.seed,
-        reporter,
+        ActivationStore(activation_limit(recipe.activation_memory), Path(tempfile.gettempdir())), device, compute,
+        recipe.seed, reporter,
     )  # fmt: skip
     states = stream.look(batches)
     choose = block_choice.least_influence if way == "influence" else block_choice.smallest_angle

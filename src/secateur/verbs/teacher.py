@@ -130,6 +130,14 @@ def _check_fit(
         theirs, ours = (getattr(model.config.get_text_config(), key, None) for model in (dense, skeleton))
         if theirs != ours:
             raise SourceError(f"the teacher has {theirs} {names[key]}, the model {ours}", hint=hint)
+    if settings.mode == "blocks":
+        sides = [{name: value.shape for name, value in model.named_parameters()} for model in (dense, skeleton)]
+        if sides[0] != sides[1]:
+            name = next(name for name in sides[1] if sides[0].get(name) != sides[1][name])
+            raise SourceError(
+                f"{name} has other shapes in the teacher: --mode blocks reads the dense weights into the same model",
+                hint="use --mode full or lora for a model from which whole units were removed",
+            )
     if is_classifier(skeleton) and dense.config.num_labels != skeleton.config.num_labels:
         raise SourceError(
             f"the teacher has {dense.config.num_labels} labels, the model {skeleton.config.num_labels}", hint=hint
