@@ -17,7 +17,7 @@ import torch
 from secateur.errors import SecateurError
 from secateur.processes import leave_group
 
-WAIT = 120
+WAIT = 400
 
 
 _turn = itertools.count()

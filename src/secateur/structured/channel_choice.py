@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from secateur.engine.capture import AtBlock, Capture, Finished, first_states, pause
+from secateur.engine.capture import AtBlock, Finished, first_states, pause
 from secateur.engine.device import trim_memory
-from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor
+from secateur.engine.skeleton import drop_tensor
 from secateur.engine.stream import BlockStream
 from secateur.errors import CalibrationError
 from secateur.least_squares import quadratic
@@ -109,13 +109,7 @@ class ChoiceStream(BlockStream):
         handles = self._watch()
         self.reporter.stage("comparing channels", len(self.structure.blocks))
         try:
-            with Capture(self.model, self.structure.blocks, self._load_outside), torch.no_grad():
-                declare_dtype(self.model, self.compute_dtype)
-                self._load_buffers()
-                buffers_to(self.model, self.device)
-                for lane in lanes:
-                    self._advance(lane)
-                self._release_outside()
+            with self._started(lanes):
                 for block in self.structure.blocks:
                     names = [name for name in block.tensors if self.binding.bound(name)]
                     tensors = self.binding.load(names, self.source)
@@ -135,10 +129,6 @@ class ChoiceStream(BlockStream):
         finally:
             for handle in handles:
                 handle.remove()
-            for lane in lanes:
-                lane.stop()
-            self._release_outside()
-            self.store.close()
         self._made.energy = {name: total / count for name, (total, count) in self._normed.items() if count}
         return self._made
 
