@@ -16,10 +16,10 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.capture import AtBlock, Finished
-from secateur.engine.device import activation_limit, trim_memory
+from secateur.engine.device import activation_limit
 from secateur.engine.inputs import inputs_of_window, output_tensor
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import build_skeleton, drop_tensor
+from secateur.engine.skeleton import build_skeleton
 from secateur.engine.stream import BlockStream
 from secateur.errors import UnsupportedModelError
 from secateur.plugins import make_method
@@ -153,18 +153,13 @@ class _Forwards(BlockStream):
         with self._started(lanes):
             while waiting := {lane.event.index for lane in lanes if isinstance(lane.event, AtBlock)}:
                 block = self.structure.blocks[min(waiting)]
-                names = [name for name in block.tensors if self.binding.bound(name)]
-                self._install(block, self.binding.load(names, self.source), self.compute_dtype, frozen=True)
-                for index, lane in enumerate(lanes):
-                    if lane.event == AtBlock(block.index):
-                        self._advance(lane)
-                        if isinstance(lane.event, Finished):
-                            taken[index] = take(index, lane.event.output)
-                            lane.event = None
-                for name in names:
-                    drop_tensor(self.model, name)
-                self._release_outside()
-                trim_memory()
+                with self._loaded(block):
+                    for index, lane in enumerate(lanes):
+                        if lane.event == AtBlock(block.index):
+                            self._advance(lane)
+                            if isinstance(lane.event, Finished):
+                                taken[index] = take(index, lane.event.output)
+                                lane.event = None
         return [taken[index] for index in range(len(lanes))]
 
 

@@ -148,6 +148,20 @@ class BlockStream:
             self._release_outside(last=True)
             self.store.close()
 
+    @contextmanager
+    def _loaded(self, block: Block) -> Iterator[dict[str, torch.Tensor]]:
+        """While it lasts, a block has the weights of the source, which nothing may change."""
+        names = [name for name in block.tensors if self.binding.bound(name)]
+        tensors = self.binding.load(names, self.source)
+        self._install(block, tensors, self.compute_dtype, frozen=True)
+        try:
+            yield tensors
+        finally:
+            for name in names:
+                drop_tensor(self.model, name)
+        self._release_outside()
+        trim_memory()
+
     def _lane(self, inputs: Inputs, *, observed: bool) -> Lane:
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         if observed and self.compute_dtype != torch.float32:

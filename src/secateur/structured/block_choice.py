@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from secateur.engine.blocks import Block, Structure
 from secateur.engine.capture import AtBlock, Finished, first_states, handed_on, note_returns
 from secateur.engine.inputs import output_tensor
-from secateur.engine.skeleton import drop_tensor
 from secateur.engine.stream import BlockStream
 from secateur.errors import UnsupportedModelError
 from secateur.progress import Reporter
@@ -76,21 +75,16 @@ class StateStream(BlockStream):
             lane.keep_output = True
         with self._started(lanes):
             for block in self.structure.blocks:
-                names = [name for name in block.tensors if self.binding.bound(name)]
-                tensors = self.binding.load(names, self.source)
-                self._install(block, tensors, self.compute_dtype, frozen=True)
-                for lane in lanes:
-                    if lane.event == AtBlock(block.index):
-                        self.store.unpark(lane.watcher)
-                        assert lane.call is not None
-                        before = first_states(*lane.call).detach().float().clone()
-                        self.store.park(lane.watcher)
-                        self._advance(lane)
-                        after, lane.output = lane.output.float(), None
-                        _add(states, block.index, before, after, last=isinstance(lane.event, Finished))
-                for name in names:
-                    drop_tensor(self.model, name)
-                self._release_outside()
+                with self._loaded(block):
+                    for lane in lanes:
+                        if lane.event == AtBlock(block.index):
+                            self.store.unpark(lane.watcher)
+                            assert lane.call is not None
+                            before = first_states(*lane.call).detach().float().clone()
+                            self.store.park(lane.watcher)
+                            self._advance(lane)
+                            after, lane.output = lane.output.float(), None
+                            _add(states, block.index, before, after, last=isinstance(lane.event, Finished))
                 self.reporter.advance(block.name)
         return states
 

@@ -22,8 +22,6 @@ import torch
 from torch import Tensor
 
 from secateur.engine.capture import AtBlock, Finished, first_states, pause
-from secateur.engine.device import trim_memory
-from secateur.engine.skeleton import drop_tensor
 from secateur.engine.stream import BlockStream
 from secateur.errors import CalibrationError
 from secateur.least_squares import quadratic
@@ -111,18 +109,12 @@ class ChoiceStream(BlockStream):
         try:
             with self._started(lanes):
                 for block in self.structure.blocks:
-                    names = [name for name in block.tensors if self.binding.bound(name)]
-                    tensors = self.binding.load(names, self.source)
-                    self._install(block, tensors, self.compute_dtype, frozen=True)
-                    for lane in lanes:
-                        if lane.event == AtBlock(block.index):
-                            self._advance(lane)
-                    for group in self.channels.groups.get(block.index, ()):
-                        self._add(group, tensors)
-                    for name in names:
-                        drop_tensor(self.model, name)
-                    self._release_outside()
-                    trim_memory()
+                    with self._loaded(block) as tensors:
+                        for lane in lanes:
+                            if lane.event == AtBlock(block.index):
+                                self._advance(lane)
+                        for group in self.channels.groups.get(block.index, ()):
+                            self._add(group, tensors)
                     self.reporter.advance(block.name)
                 if self.channels.head is not None:
                     self._add_head(self.channels.head)

@@ -19,7 +19,6 @@ from secateur.engine.blocks import Block, Structure
 from secateur.engine.capture import AtBlock
 from secateur.engine.forward import NoSink, probe_inputs
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import drop_tensor
 from secateur.engine.stream import BlockStream
 from secateur.plugins import make_method
 
@@ -86,16 +85,11 @@ class _Walk(BlockStream):
         with self._started([lane]):
             while left and isinstance(lane.event, AtBlock):
                 block = self.structure.blocks[lane.event.index]
-                names = [name for name in block.tensors if self.binding.bound(name)]
-                tensors = self.binding.load(names, self.source)
-                self._install(block, tensors, torch.float32, frozen=True)
-                kind = signature(block, self.model)
-                if kind in left:
-                    left.discard(kind)
-                    assert lane.call is not None
-                    visit(block, self.model.get_submodule(block.name), lane.call, tensors)
-                if left:
-                    self._advance(lane)
-                for name in names:
-                    drop_tensor(self.model, name)
-                self._release_outside()
+                with self._loaded(block) as tensors:
+                    kind = signature(block, self.model)
+                    if kind in left:
+                        left.discard(kind)
+                        assert lane.call is not None
+                        visit(block, self.model.get_submodule(block.name), lane.call, tensors)
+                    if left:
+                        self._advance(lane)

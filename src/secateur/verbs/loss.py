@@ -13,6 +13,7 @@ import transformers
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.errors import UnsupportedModelError
 from secateur.measure.perplexity import perplexity
+from secateur.progress import Reporter
 from secateur.structured.block_choice import distance_from
 
 
@@ -24,13 +25,26 @@ def fits_in_memory(reader: CheckpointReader, more: int = 0) -> bool:
 
 def measured_loss(
     whole: transformers.PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]], device: torch.device,
-    compute: torch.dtype,
+    compute: torch.dtype, reporter: Reporter,
 ) -> tuple[Callable[[], float], str]:  # fmt: skip
     """A loss of a model as it is at each call, and what it is.
 
     Next tokens where the model has them, in nats; else the relative squared distance of its outputs from those that it
-    gives now.
+    gives now. In float32, and said so, where the model uses numbers that a narrower format does not have.
     """
+    try:
+        return _loss_in(compute, whole, batches, device)
+    except RuntimeError as error:
+        if compute == torch.float32 or isinstance(error, torch.OutOfMemoryError):
+            raise
+        reporter.note(f"losses are measured in float32: {str(error).splitlines()[0]}")
+        return _loss_in(torch.float32, whole, batches, device)
+
+
+def _loss_in(
+    compute: torch.dtype, whole: transformers.PreTrainedModel, batches: Sequence[Mapping[str, torch.Tensor]],
+    device: torch.device,
+) -> tuple[Callable[[], float], str]:  # fmt: skip
 
     def precision() -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(device.type, compute, enabled=compute != torch.float32)

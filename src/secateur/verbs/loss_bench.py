@@ -51,7 +51,7 @@ class LossBench:
         self._reporter = reporter
         self._scratch = tempfile.TemporaryDirectory(prefix="secateur-")
         self._whole = load_model(source.folder, device=str(device), dtype="float32")
-        self._loss, self.unit = measured_loss(self._whole, held, device, compute)
+        self._loss, self.unit = measured_loss(self._whole, held, device, compute, reporter)
         self.dense = self._loss()
 
     def close(self) -> None:
@@ -85,7 +85,8 @@ class LossBench:
         It ends where blocks alone meet the budget, or cost more than the best split that is known.
         """
         total = len(self._model.structure.blocks)
-        search, _ = measured_loss(self._whole, first(self._held, ORDER_TOKENS), self._device, self._compute)
+        few = first(self._held, ORDER_TOKENS)
+        search, _ = measured_loss(self._whole, few, self._device, self._compute, self._reporter)
         order: list[int] = []
         depth: list[float] = []
         self._reporter.stage("leaving out blocks", total)

@@ -160,6 +160,8 @@ def plan_shape(
         shape.hidden = plan_channels(
             config, model.skeleton, model.structure, model.binding, model.reader, sparsity, recipe.round_to
         )
+        for name in shape.hidden.loose if recipe.update else ():
+            reporter.warn(f"{name} loses channels without a refit: where its input comes from was not found")
     for line in shape.lines:
         reporter.note(line)
     return shape
@@ -183,10 +185,8 @@ def _choose_blocks(
         size = sum(parameter.numel() for parameter in model.skeleton.parameters())
         cheap = block_choice.greedy_is_affordable(total, count, size, block_choice.GREEDY_TOKENS)
         way = "greedy" if fits and cheap else "influence"
-        reason = (
-            "" if way == "greedy" else ": " + ("greedy would take long" if fits else "the model does not fit in memory")
-        )
-        reporter.note(f"blocks are chosen by {way}{reason}")
+        why = "greedy would take long" if fits else "the model does not fit in memory"
+        reporter.note(f"blocks are chosen by {way}" + ("" if way == "greedy" else f": {why}"))
     if way == "greedy" and not fits:
         raise UsageError(
             "--depth-by greedy needs the model in memory, and it does not fit", hint="use --depth-by influence"
@@ -194,13 +194,7 @@ def _choose_blocks(
     if way == "greedy":
         whole = load_model(source.folder, device=str(device), dtype="float32")
         few = first(batches, block_choice.GREEDY_TOKENS)
-        try:
-            loss, _ = measured_loss(whole, few, device, compute)
-        except RuntimeError as error:  # some models use numbers that a narrow format does not have
-            if compute == torch.float32 or isinstance(error, torch.OutOfMemoryError):
-                raise
-            reporter.note(f"losses are measured in float32: {str(error).splitlines()[0]}")
-            loss, _ = measured_loss(whole, few, device, torch.float32)
+        loss, _ = measured_loss(whole, few, device, compute, reporter)
         gone, losses = block_choice.greedy_removal(whole, model.structure, count, loss, reporter, quotas)
         reporter.note(f"loss on calibration text after each block: {', '.join(f'{value:.3f}' for value in losses)}")
         return gone

@@ -17,9 +17,9 @@ def sentences(before: Measured, after: Measured, decode: Ratio | None, removed: 
         removed: share of the prunable weights that are not there any more; None when single weights became zero.
     """
     first = _sparsity(after) if removed is None else _removal(before, after, removed)
-    said = [first, *_quality(before, after), _size(before, after)]
+    said = [first, *_quality(before, after), _size(before, after, removed)]
     if before.bytes_resident and after.bytes_resident:
-        said.append(_memory(before.bytes_resident, after.bytes_resident))
+        said.append(_memory(before.bytes_resident, after.bytes_resident, removed))
     if decode is not None:
         said.append(_speed(decode, smaller=removed is not None))
     return said
@@ -64,7 +64,7 @@ def _sparsity(after: Measured) -> str:
 
 def _removal(before: Measured, after: Measured, removed: float) -> str:
     share = 1 - after.parameters / before.parameters
-    return f"{removed:.1%} of the prunable weights are gone, {share:.1%} of all parameters: every kernel gains by it."
+    return f"{removed:.1%} of the prunable weights are gone, {share:.1%} of all parameters."
 
 
 def _quality(before: Measured, after: Measured) -> list[str]:
@@ -91,22 +91,23 @@ def _quality(before: Measured, after: Measured) -> list[str]:
     return said
 
 
-def _size(before: Measured, after: Measured) -> str:
+def _size(before: Measured, after: Measured, removed: float | None) -> str:
     ratio = after.bytes_disk / before.bytes_disk
     if abs(ratio - 1) < 0.001:
-        return (
-            f"The file is not smaller: {after.bytes_disk:,} bytes as {after.dtype}, like before. "
-            "Zeros alone do not shrink a dense file; that takes a format which leaves them out."
-        )
+        why = " Zeros alone do not shrink a dense file; that takes a format which leaves them out."
+        same = f"The file is not smaller: {after.bytes_disk:,} bytes as {after.dtype}, like before."
+        return same + (why if removed is None else "")
     if before.dtype != after.dtype:
         return f"The file has {ratio:.2f} times the bytes: it is stored as {after.dtype}, before as {before.dtype}."
     return f"The file has {ratio:.2f} times the bytes."
 
 
-def _memory(before: int, after: int) -> str:
+def _memory(before: int, after: int, removed: float | None) -> str:
     ratio = after / before
     if 0.95 < ratio < 1.05:
-        return "It takes the same memory when loaded: a zero is stored like any other number."
+        return "It takes the same memory when loaded" + (
+            ": a zero is stored like any other number." if removed is None else ", within a twentieth."
+        )
     return f"It takes {ratio:.2f} times the memory when loaded."
 
 
