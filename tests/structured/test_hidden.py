@@ -15,6 +15,7 @@ import secateur
 from secateur.engine.inputs import output_tensor
 from secateur.errors import Interrupted, RecipeError, SparsityError, UnsupportedModelError
 from secateur.result import PruneResult
+from secateur.structured import channel_plan
 from secateur.structured.channels import Channels
 from secateur.verbs.prune import plan
 from tests.models import FAMILIES, calibration_for, save_tiny
@@ -364,3 +365,21 @@ def test_a_number_the_config_refuses_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(SparsityError, match="not legal in a LlamaConfig") as caught:
         _prune(folder, tmp_path / "out", "llama", sparsity=0.12)
     assert "nearest numbers that are: 72" in caught.value.hint
+
+
+def test_a_reader_without_a_refit_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a matrix gets its input is not found: it is cut like the others, and the user hears of it."""
+    folder = save_tiny(tmp_path / "model", "llama")
+    original = channel_plan.find_readers
+
+    def forgetful(*args: Any) -> Any:
+        groups, loose = original(*args)
+        assert not loose
+        left = {index: [g for g in own if "mlp" not in g.module] for index, own in groups.items()}
+        return left, tuple(r.name for own in groups.values() for g in own if "mlp" in g.module for r in g.readers)
+
+    monkeypatch.setattr(channel_plan, "find_readers", forgetful)
+    told = _prune(folder, tmp_path / "out", "llama", verify=True).warnings
+    for name in ("gate_proj", "up_proj"):
+        assert sum(f"mlp.{name}.weight loses channels without a refit" in line for line in told) == 2
+    assert not _prune(folder, tmp_path / "plain", "llama", update=False).warnings
