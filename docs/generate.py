@@ -227,6 +227,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "evaluation",
             "two_pass",
             "structured",
+            "smaller",
             "recovery",
             "generalisation",
             "step_cost",
