@@ -55,14 +55,6 @@ def test_spearman_is_pearson_of_mean_ranks(pairs: list[tuple[int, int]]) -> None
     assert spearman(first, second) == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
-def test_spearman_is_that_of_scipy() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    generator = np.random.default_rng(0)
-    first = generator.integers(0, 50, 300).astype(float)
-    second = first + generator.normal(0, 20, 300).round()
-    assert spearman(first, second) == pytest.approx(stats.spearmanr(first, second).statistic, abs=1e-12)
-
-
 def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
