@@ -1,7 +1,8 @@
 """What recovery brings, on the demo model.
 
 The model is pruned by SparseGPT with the first 32 windows of 1,024 tokens of the WikiText-2 validation text, then
-trained on that text only; the last tenth of it is held out. Perplexity is measured on the first 40 windows of 1,024
+trained on that text only; the last tenth of it is held out. "budget 80%" has a fifth of its block parameters removed as
+whole units instead (`prune --budget parameters=0.8` with the same windows). Perplexity is measured on the first 40 windows of 1,024
 tokens of the test text, and accuracy on 3,400 minimal pairs of BLiMP and 919 questions of PIQA, which nothing else has
 seen; "excess gone" is the share of the loss above the dense model's that recovery took away. The runs of the first
 group have 245,760 tokens, those of the second 40,960 each, those of the third the minutes of training that full kd took
@@ -31,6 +32,7 @@ WAYS: dict[str, list[str]] = {
     "blocks": ["--mode", "blocks"],
 }
 METHODS = ("sparsegpt", "sparsegpt 2:4")
+BUDGET = "budget 80%"
 LONG_WAYS = ("full kd", "full lm", "blocks")
 FAIR = f"sparsegpt, full kd, {SHORT} tokens"
 """The run whose minutes the third group gets."""
@@ -45,7 +47,9 @@ def main() -> None:
     data = _common.data_folder()
     options.scratch.mkdir(exist_ok=True)
     bench = _Bench(data, options.scratch, options.log)
+    runs: list[tuple[str, str, int | None, str | None]]
     runs = [(method, way, LONG, None) for method in METHODS for way in LONG_WAYS]
+    runs += [(BUDGET, "lora kd", LONG, None)]
     runs += [("sparsegpt", way, SHORT, None) for way in WAYS]
     runs += [("sparsegpt", way, None, FAIR) for way in WAYS if way != "full kd"]
     for method, way, tokens, fair in runs:
@@ -80,7 +84,13 @@ class _Bench:
 
     def _folder(self, method: str) -> Path:
         folder = self.scratch / _reference.folder_name(method)
-        if not folder.exists():
+        if not folder.exists() and method == BUDGET:
+            _common.secateur(
+                "prune", "demo", "-o", str(folder), "--budget", "parameters=0.8", "--no-evaluate", "--no-verify", "--quiet",
+                "--calibration", str(self.data / "wikitext2-valid.txt"), "--samples", str(_reference.SAMPLES),
+                "--sequence-length", str(_reference.LENGTH),
+            )  # fmt: skip
+        elif not folder.exists():
             _reference.prune(method, folder, self.data)
         return folder
 
