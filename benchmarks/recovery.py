@@ -1,12 +1,13 @@
 """What recovery brings, on the demo model.
 
 The model is pruned by SparseGPT with the first 32 windows of 1,024 tokens of the WikiText-2 validation text, then
-trained on that text only; the last tenth of it is held out. "budget 80%" has a fifth of its block parameters removed as
-whole units instead (`prune --budget parameters=0.8` with the same windows). Perplexity is measured on the first 40 windows of 1,024
-tokens of the test text, and accuracy on 3,400 minimal pairs of BLiMP and 919 questions of PIQA, which nothing else has
-seen; "excess gone" is the share of the loss above the dense model's that recovery took away. The runs of the first
-group have 245,760 tokens, those of the second 40,960 each, those of the third the minutes of training that full kd took
-in the second. Minutes are those of the training itself, on one thread, with other work on the second core.
+trained on that text only; the last tenth of it is held out. "budget 80%" has a fifth of its block parameters removed
+as whole units instead (`prune --budget parameters=0.8` with the same windows). Perplexity is measured on the first 40
+windows of 1,024 tokens of the test text, and accuracy on 3,400 minimal pairs of BLiMP and 919 questions of PIQA, which
+nothing else has seen; "excess gone" is the share of the loss above the dense model's that recovery took away. The runs
+of the first group have 245,760 tokens, those of the second 40,960 each, those of the third the minutes of training
+that full kd took in the second. Minutes are those of the training itself, on one thread, with other work on the second
+core.
 
     SECATEUR_DATA=folder python benchmarks/recovery.py [--only "sparsegpt, full kd, 245760 tokens;..."] [--log FILE]
 """
@@ -86,9 +87,9 @@ class _Bench:
         folder = self.scratch / _reference.folder_name(method)
         if not folder.exists() and method == BUDGET:
             _common.secateur(
-                "prune", "demo", "-o", str(folder), "--budget", "parameters=0.8", "--no-evaluate", "--no-verify", "--quiet",
+                "prune", "demo", "-o", str(folder), "--budget", "parameters=0.8", "--no-evaluate", "--no-verify",
                 "--calibration", str(self.data / "wikitext2-valid.txt"), "--samples", str(_reference.SAMPLES),
-                "--sequence-length", str(_reference.LENGTH),
+                "--sequence-length", str(_reference.LENGTH), "--quiet",
             )  # fmt: skip
         elif not folder.exists():
             _reference.prune(method, folder, self.data)
