@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -52,6 +51,7 @@ from secateur.structured.configure import cut_shapes, shapes_of
 from secateur.structured.entries import apply_changes, as_spelled
 from secateur.structured.expert_stream import ExpertStream
 from secateur.structured.stream import UnitStream
+from secateur.verbs.asked import options_of
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.choices import CHANNELS, Choices, check_gradients, choose_channels, gradient_scores
 from secateur.verbs.provenance import versions
@@ -153,29 +153,6 @@ class Written:
 
     matrices: list[PrunedMatrix]
     expected: Expected
-
-
-def merge(
-    recipe: Recipe | None, method: str | Chooser | None, settings: dict[str, Any]
-) -> tuple[Chooser | None, Recipe]:
-    """Lay keyword arguments over a recipe; a method object stands beside it, with its options noted in it."""
-    values = recipe.to_dict() if recipe is not None else {}
-    values.update(settings)
-    if isinstance(method, str):
-        if values.get("method") != method:
-            values["method_options"] = settings.get("method_options", {})
-        values["method"] = method
-    elif method is not None:
-        values["method"], values["method_options"] = getattr(method, "name", type(method).__name__), options_of(method)
-    chosen = method if method is not None and not isinstance(method, str) else None
-    return chosen, Recipe.from_dict(values, where="prune")
-
-
-def options_of(method: Chooser) -> dict[str, Any]:
-    """The options of a method by name, as its dataclass has them."""
-    options: Any = method
-    fields = dataclasses.fields(options) if dataclasses.is_dataclass(options) else ()
-    return {entry.name: getattr(options, entry.name) for entry in fields}
 
 
 def prepare(

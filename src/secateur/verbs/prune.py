@@ -26,10 +26,11 @@ from secateur.plugins import Chooser
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
+from secateur.verbs.asked import merge, options_of
 from secateur.verbs.calibration import Data
 from secateur.verbs.card import write_card
 from secateur.verbs.evaluate import read_files
-from secateur.verbs.job import merge, options_of, prepare, write
+from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
 from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import check_measurable, measure_sides
