@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ class Recipe:
     """What to prune and how. A field left at None takes its default when the model is known."""
 
     method: str = "auto"
-    """Pruning method; `secateur methods` lists them. auto is sparsegpt; with --structure obs, for experts reap."""
+    """Pruning method; `secateur methods` lists them. auto is sparsegpt; with --structure obs, for experts reap. Blocks
+    are chosen by --depth-by instead."""
     method_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method, as KEY=VALUE; `secateur methods NAME` lists them."""
     sparsity: float | None = None
@@ -57,7 +58,7 @@ class Recipe:
     round_to: int = 32
     """Neurons and hidden channels that stay are a multiple of this (with --structure ffn or hidden)."""
     update: bool = True
-    """Refit what stays to make up for what goes (with --structure)."""
+    """Refit what stays to make up for what goes (with --structure ffn, kv-groups, heads or hidden)."""
     allocation: str = "uniform"
     """How the sparsity is divided among the matrices."""
     calibration: str = "builtin"
@@ -86,11 +87,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.budget is not None and not self.structure:
             object.__setattr__(self, "structure", ("auto",))
-        if self.method == "auto":
-            units = "reap" if "experts" in self.structure else "obs"
-            object.__setattr__(self, "method", units if self.structure else "sparsegpt")
         pattern = parse_pattern(self.pattern)
         self._check_structure()
+        if self.method == "auto" and {*self.structure} != {"depth"}:
+            units = "reap" if "experts" in self.structure else "obs"
+            object.__setattr__(self, "method", units if self.structure else "sparsegpt")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
             implied = pattern.sparsity
@@ -130,18 +131,33 @@ class Recipe:
             )
         if self.depth_by not in DEPTH_WAYS:
             raise UnknownNameError("way to choose blocks", self.depth_by, DEPTH_WAYS)
-        own = {"round_to": self.round_to != 32, "update": not self.update, "depth_by": self.depth_by != "auto"}
-        other = {
-            "pattern": self.pattern != "unstructured", "allocation": self.allocation != "uniform",
-            "targets": bool(self.targets), "ignore": bool(self.ignore), "overrides": bool(self.overrides),
-        }  # fmt: skip
-        for name, given in (other if self.structure else own).items():
-            if given:
+        self.refuse_unused(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default_of(f))
+
+    def refuse_unused(self, names: Iterable[str]) -> None:
+        """Refuse the fields among ``names`` that nothing looks at where the others are as they are.
+
+        Raises:
+            RecipeError: naming the first.
+        """
+        units = {*self.structure} - {"depth"}
+        narrower = bool(units - {"experts"})
+        needs = {
+            "depth_by": ({"depth", "auto"} & {*self.structure}, "depth"),
+            "round_to": ({"ffn", "hidden", "auto"} & units, "ffn or hidden"),
+            "update": (narrower, "ffn, kv-groups, heads or hidden"),
+        }
+        single = ("pattern", "allocation", "targets", "ignore", "overrides")
+        for name in names:
+            if name in needs and not needs[name][0]:
+                structure = " --structure" if not self.structure else f" --structure {needs[name][1]}"
+                raise RecipeError(f"{name} needs{structure}", hint="leave it out")
+            if name in single and self.structure:
                 asked = "structure" if self.budget is None else "budget"
-                where = f"has no meaning with --{asked}" if self.structure else "needs --structure"
-                raise RecipeError(f"{name} {where}", hint="leave it out")
-        if self.structure and not {"depth", "auto"} & {*self.structure} and self.depth_by != "auto":
-            raise RecipeError("depth_by needs --structure depth", hint="leave it out")
+                raise RecipeError(f"{name} has no meaning with --{asked}", hint="leave it out")
+            if name in ("method", "method_options") and self.structure and not units:
+                raise RecipeError(
+                    f"{name} has no meaning where only whole blocks go", hint="leave it out; --depth-by chooses blocks"
+                )
 
     def _check_budget(self) -> None:
         parse_budget(self.budget or "")
@@ -200,6 +216,12 @@ class Recipe:
                 raise RecipeError(f"{where}: unknown key '{raw_key}'", hint=hint)
             values[key] = _checked(key, value, where)
         return cls(**values)
+
+
+def _default_of(entry: dataclasses.Field[Any]) -> Any:
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    return entry.default
 
 
 _STRINGS = {"method", "budget", "depth_by", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}

@@ -29,7 +29,7 @@ from secateur.errors import (
     WeightValueError,
 )
 from secateur.verbs import teach
-from tests.models import save_tiny, tiny_tokenizer
+from tests.models import save_tiny, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,11 @@ def text(root: Path, **changes: Any) -> dict[str, Any]:
         (UsageError, "gradient_accumulation_steps 8|batch size of 2|--batch-size",
          {"trainer": {"gradient_accumulation_steps": "8"}}),
         (UsageError, "--trainer output_dir|decided by secateur", {"trainer": {"output_dir": "x"}}),
+        (UsageError, "--trainer learning_rate|decided by secateur", {"trainer": {"learning_rate": "1e-3"}}),
+        (UsageError, "--trainer logging_strategy|decided", {"trainer": {"logging_strategy": "no"}}),
+        (UsageError, "--trainer eval_steps|no effect", {"trainer": {"eval_steps": "3"}}),
+        (UsageError, "--loss lm has no teacher", {"loss": "lm", "teacher": "dense"}),
+        (UsageError, "--epochs|--tokens", {"epochs": 2}),
     ],
     ids=lambda value: str(value)[:50],
 )  # fmt: skip
@@ -210,6 +215,45 @@ def test_no_teacher_is_known(root: Path, tmp_path: Path) -> None:
     assert any("no teacher is known" in warning for warning in result.warnings)
     (alone / "secateur.json").write_text("{torn")
     refused(UsageError, "no teacher is known", alone, tmp_path / "out", **text(root), loss="kd")
+
+
+def test_model_in_memory(root: Path, tmp_path: Path) -> None:
+    """No file says what its dense model was: it must be named, or the text alone is learned."""
+    model = tiny_model("llama")
+    secateur.prune(model, method="magnitude", tokenizer=tiny_tokenizer(), evaluate=False, verify=False)
+    out = tmp_path / "out"
+    refused(UsageError, "needs its tokenizer|tokenizer=", model, out, **text(root))
+    told = {**text(root), "tokenizer": tiny_tokenizer()}
+    for options in ({"loss": "kd"}, {"mode": "blocks"}):
+        refused(UsageError, "no teacher is known|no secateur.json|teacher=", model, out, **told, **options)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for mode in ("full", "blocks"):
+        result = secateur.recover(
+            model, tmp_path / mode, mode=mode, teacher=str(root / "dense"), tokens=512, evaluate=False, verify=True,
+            **told,
+        )  # fmt: skip
+        assert result.verified
+        assert result.zeros_held > 0
+        assert result.protocol["teacher"] == "dense"
+        made = transformers.LlamaForCausalLM.from_pretrained(tmp_path / mode)
+        for name, weight in made.named_parameters():
+            if "proj" in name:
+                assert torch.equal(weight == 0, before[name] == 0), name
+        assert any(not torch.equal(weight, before[name]) for name, weight in made.named_parameters())
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocks", "full"]
+
+
+def test_pruned_from_a_model_in_memory(root: Path, tmp_path: Path) -> None:
+    """The result file can name no folder: that is told, and nothing is said to be missing that is there."""
+    pruned = tmp_path / "pruned"
+    secateur.prune(
+        tiny_model("llama"), pruned, method="magnitude", tokenizer=tiny_tokenizer(), evaluate=False, verify=False
+    )
+    refused(UsageError, "was one in memory|--teacher", pruned, tmp_path / "out", **text(root), loss="kd")
+    result = secateur.recover(pruned, tmp_path / "out", tokens=64, evaluate=False, verify=False, **text(root))
+    assert result.protocol["loss"] == "lm"
+    assert any("no teacher is known" in warning for warning in result.warnings)
 
 
 def test_teacher_that_changed_since_it_was_pruned(root: Path, tmp_path: Path) -> None:
@@ -327,14 +371,49 @@ def test_settings_that_nothing_looks_at(root: Path, tmp_path: Path) -> None:
     told = text(root, tokens=128, evaluate=False, verify=False)
     for number, (changes, named) in enumerate(
         [
-            ({"rank": 4, "loss": "lm", "top_k": 8}, {"--rank", "--top-k"}),
-            ({"mode": "blocks", "save_minutes": 3.0, "gradient_checkpointing": "on"},
+            ({"rank": 16, "loss": "lm", "top_k": 64}, {"--rank", "--top-k"}),
+            ({"mode": "blocks", "tokens": 256, "save_minutes": 10.0, "gradient_checkpointing": "on"},
              {"--save-minutes", "--gradient-checkpointing"}),
             ({"mode": "lora", "rank": 4, "top_k": 8, "save_minutes": 3.0}, set()),
+            ({"dense": True, "loss": "lm"}, {"--dense"}),
+            ({"loss": "lm", "measure_data": "missing.txt", "files": ["missing.jsonl"]}, {"--measure-data", "--files"}),
         ]
     ):  # fmt: skip
-        result = secateur.recover(root / "dense-pruned", tmp_path / f"out-{number}", **told, **changes)
+        result = secateur.recover(root / "dense-pruned", tmp_path / f"out-{number}", **{**told, **changes})
         assert {line.split()[0] for line in result.warnings if "no effect" in line} == named
+
+
+def test_settings_that_labels_do_not_look_at(root: Path, tmp_path: Path, classifier: Path) -> None:
+    labels, out = str(root / "labels.jsonl"), tmp_path / "out"
+    for loss in ("auto", "labels"):
+        told = {"data": labels, "loss": loss, "teacher": str(root / "classifier")}
+        refused(UsageError, "--loss labels has no teacher|--loss kd", classifier, out, **told)
+    refused(UsageError, "both epochs and tokens", classifier, out, data=labels, epochs=2, tokens=600)
+    refused(UsageError, "both epochs and minutes", classifier, out, data=labels, epochs=2, minutes=1)
+    refused(UsageError, "sequence length 300|256", classifier, out, data=labels, sequence_length=300)
+    told = {"data": labels, "tokens": 400, "top_k": 64, "rank": 16, "evaluate": False, "verify": False}
+    result = secateur.recover(classifier, out, **told)
+    assert {line.split()[0] for line in result.warnings if "no effect" in line} == {"--rank", "--top-k"}
+
+
+def test_budget_that_is_more_than_the_text(root: Path, tmp_path: Path) -> None:
+    """Blocks go through each window a fixed number of times: more tokens than that cannot be spent."""
+    told = text(root, mode="blocks", tokens=10**6, epochs=1, evaluate=False, verify=False)
+    result = secateur.recover(root / "dense-pruned", tmp_path / "out", **told)
+    assert any("not the 1,000,000 of --tokens" in line for line in result.warnings)
+    assert f"is {result.training['tokens']:,} tokens" in " ".join(result.warnings)
+
+
+def test_the_dense_model_is_never_replaced(root: Path, tmp_path: Path) -> None:
+    """Even where the run does not open it: its path is in the secateur.json of what was made from it."""
+    dense = save_tiny(tmp_path / "dense", "llama")
+    secateur.prune(dense, tmp_path / "pruned", method="magnitude", evaluate=False, verify=False)
+    told = text(root, loss="lm", tokens=64)
+    words = "a model that is read, or that one which is read was made from"
+    refused(OutputError, words, tmp_path / "pruned", dense, overwrite=True, **told)
+    secateur.recover(tmp_path / "pruned", tmp_path / "once", evaluate=False, verify=False, **told)
+    for place in (dense, tmp_path / "pruned"):
+        refused(OutputError, words, tmp_path / "once", place, overwrite=True, **told)
 
 
 def test_output_folder_that_cannot_be(root: Path, tmp_path: Path) -> None:

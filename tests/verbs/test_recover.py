@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,24 @@ from typing import Any
 import pytest
 import torch
 
-from secateur.errors import SecateurError
+from secateur.errors import Interrupted, SecateurError
+from secateur.progress import Reporter
+from secateur.recovery.objectives import LanguageObjective
 from secateur.recovery.trainer import RecoveryTrainer
 from secateur.verbs import teach
+from secateur.verbs.cost import logging_steps
 from tests.verbs.recovering import (
     MODES,
     RATES,
+    TEXT,
     Stages,
+    StopAt,
     check_like_the_source,
     loads,
     pruned_model,
     recover_tiny,
     tensors,
+    weights_of,
 )
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -149,12 +154,100 @@ def test_what_the_user_gives_the_trainer_counts(root: Path, tmp_path: Path, monk
     check_like_the_source(pruned_model(root, "llama", "llama"), tmp_path / "out")
 
 
-def test_budget_in_minutes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Notes(Reporter):
+    """Keeps what is told, in order, and the number of steps of each stage."""
 
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def stage(self, name: str, total: int) -> None:
+        self.told.append(f"{name}: {total}")
+
+    def note(self, message: str) -> None:
+        self.told.append(message)
+
+    def warn(self, message: str) -> None:
+        self.told.append(message)
+
+
+def test_budget_in_minutes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher is asked about no more than the steps that the minutes pay for, and after they are known."""
     monkeypatch.setattr(teach, "time_of_step", lambda *a: 2.0)
-    result = recover_tiny(pruned_model(root, "llama", "llama"), tmp_path / "out", root, tokens=None, minutes=0.2)
+    (tmp_path / "long.txt").write_text(TEXT.replace("lazy", "sleepy") * 20)
+    told, data = Notes(), str(tmp_path / "long.txt")
+    options = {"tokens": None, "minutes": 0.2, "data": data, "batch_size": 2, "held_out": 0.01}
+    result = recover_tiny(pruned_model(root, "llama", "llama"), tmp_path / "out", root, reporter=told, **options)
     assert result.training["steps"] == 6
     assert result.training["expected_seconds"] == 12.0
+    assert told.told.index("asking the teacher: 12") > next(
+        number for number, line in enumerate(told.told) if "6 steps of 64 tokens" in line and "on top" in line
+    )
+    same = recover_tiny(
+        pruned_model(root, "llama", "llama"), tmp_path / "same", root, **{**options, "minutes": None, "tokens": 6 * 64}
+    )
+    assert same.training["losses"] == result.training["losses"]
+    assert same.protocol == result.protocol
+    assert weights_of(tmp_path / "same") == weights_of(tmp_path / "out")
+
+
+def test_a_budget_in_minutes_is_measured_once(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run goes on with the steps, and so with the windows, of the first measurement."""
+    monkeypatch.setattr(teach, "time_of_step", lambda *a: 2.0)
+    pruned, options = pruned_model(root, "llama", "llama"), {"tokens": None, "minutes": 0.2, "save_minutes": 1e-9}
+    with pytest.raises(Interrupted):
+        recover_tiny(pruned, tmp_path / "out", root, reporter=StopAt("training", 3), **options)
+    monkeypatch.setattr(teach, "time_of_step", lambda *a: 0.5)
+    monkeypatch.setattr(teach, "build_cache", lambda *a, **k: pytest.fail("the teacher was asked about other windows"))
+    result = recover_tiny(pruned, tmp_path / "out", root, resume=True, **options)
+    assert result.training["steps"] == 6
+
+
+@pytest.mark.parametrize("mode", ["full", "lora"])
+def test_the_step_that_is_measured_is_the_real_one(
+    mode: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a stand-in for the teacher: a batch of the same sizes and kinds, and a finite loss."""
+    seen: list[dict[str, Any]] = []
+    original = LanguageObjective.__call__
+
+    def see(self: Any, model: Any, batch: dict[str, torch.Tensor]) -> Any:
+        loss = original(self, model, batch)
+        learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        kinds = {name: (value.shape, value.dtype) for name, value in batch.items()}
+        seen.append({**kinds, "learning": learning, "finite": bool(torch.isfinite(loss))})
+        return loss
+
+    monkeypatch.setattr(LanguageObjective, "__call__", see)
+    measured = teach.time_of_step
+    monkeypatch.setattr(teach, "time_of_step", lambda *a: 4.0 * min(1.0, 1.0 + measured(*a)))
+    pruned = pruned_model(root, "llama", "llama")
+    recover_tiny(pruned, tmp_path / "out", root, tokens=None, minutes=0.2, mode=mode, top_k=5)
+    assert len(seen) == 2 + 2 * 3  # two for the timing, two in each step
+    assert all(each == seen[0] for each in seen)
+
+
+@pytest.mark.parametrize(("logging", "late"), [("5", True), ("2", False), ("0.5", True)])
+def test_logging_that_makes_checkpoints_rarer_than_asked_is_told(
+    logging: str, late: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teach, "time_of_step", lambda *a: 60.0)
+    result = recover_tiny(
+        pruned_model(root, "llama", "llama"), tmp_path / "out", root, trainer={"logging_steps": logging},
+        save_minutes=3.0,
+    )  # fmt: skip
+    told = [line for line in result.warnings if "checkpoints are made where losses are noted" in line]
+    assert bool(told) is late
+    if late:
+        assert "about every 5 min" in told[0]
+        assert "not every 3 min" in told[0]
+
+
+def test_a_checkpoint_that_is_late_is_told_once(root: Path, tmp_path: Path) -> None:
+    """Where no step was measured, or the measured one was too fast, it is seen while it trains."""
+    result = recover_tiny(
+        pruned_model(root, "llama", "llama"), tmp_path / "out", root, trainer={"logging_steps": "4"}, save_minutes=1e-9
+    )
+    assert sum("a checkpoint is late" in line and "every 4 steps" in line for line in result.warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -162,7 +255,7 @@ def test_budget_in_minutes(root: Path, tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_checkpoints_can_be_made_as_often_as_asked(steps: int, seconds: float | None, expected: int) -> None:
     """They are made where losses are noted."""
-    assert importlib.import_module("secateur.verbs.teach")._logging_steps(steps, seconds, save_minutes=10.0) == expected
+    assert logging_steps(steps, seconds, save_minutes=10.0) == expected
 
 
 @pytest.mark.parametrize("verify", [True, False])

@@ -29,11 +29,12 @@ from tests.verbs.recovering import RATES, TEXT, Stages, StopAt, pruned_model, re
 pytestmark = pytest.mark.usefixtures("cache")
 
 KILLED = {
-    # mode -> family and settings; GPT-2 has dropout, so the random numbers must go on where they were
+    # mode, or another name -> family and settings; GPT-2 has dropout, so the random numbers must go on where they were
     "full": ("gpt2", {}),
     "lora": ("llama", {}),
     "norms-and-biases": ("opt", {"loss": "lm"}),
     "blocks": ("llama", {}),
+    "kd+hidden": ("qwen2", {"mode": "full", "loss": "kd+hidden"}),
 }
 WATCHED = [
     (Tell, "on_step_end"),
@@ -52,8 +53,8 @@ def _killed_run(mode: str, root: Path, out: Path, **changes: Any) -> RecoverResu
     torch.set_num_threads(1)  # the same in parent and children: another number of threads may round differently
     family, options = KILLED[mode]
     return recover_tiny(
-        pruned_model(root, family, family), out, root, mode=mode, learning_rate=RATES[mode], tokens=320,
-        **{"save_minutes": 1e-9, **options, **changes},
+        pruned_model(root, family, family), out, root, tokens=320,
+        **{"mode": mode, "learning_rate": RATES.get(mode, 3e-3), "save_minutes": 1e-9, **options, **changes},
     )  # fmt: skip
 
 

@@ -82,6 +82,13 @@ class Job:
     """What goes, when whole units do."""
     choices: Choices = field(default_factory=Choices)
     """What is decided for the whole model when the work starts."""
+    calibration_read: bool = True
+    """Whether the calibration data were needed, be it only to choose what goes."""
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options of the method by name; none where it is asked nothing."""
+        return {} if self.recipe.method == "auto" else options_of(self.method)
 
     @property
     def layout(self) -> Layout:
@@ -165,7 +172,9 @@ def prepare(
         resumed: fingerprint of the run that is taken up: what took long to choose is not chosen again.
     """
     if method is None:
-        method = make_chooser(recipe.method, recipe.structure, recipe.method_options)
+        # Where only blocks go, nothing is asked of a method, and the recipe names none.
+        name = "obs" if recipe.method == "auto" else recipe.method
+        method = make_chooser(name, recipe.structure, recipe.method_options)
     check_chooser(method, recipe.structure)
     device = resolve_device(recipe.device)
     asked = recipe.compute_dtype
@@ -218,13 +227,14 @@ def prepare(
     if dtype is not None:
         _check_fits(reader, dtype)
     digest = hash_folder(source.folder)
+    read = bool(loaded)
     loaded.clear()
     trim_memory()  # tokenizer and text are no longer needed
     if isinstance(method, Method):
         plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
     return Job(
         source, recipe, method, opened.skeleton, opened.structure, opened.reader, opened.binding, plan, calibration,
-        device, compute, dtype, digest, prunable, shape,
+        device, compute, dtype, digest, prunable, shape, calibration_read=read,
     )  # fmt: skip
 
 
@@ -323,7 +333,7 @@ def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Re
 
 def _fingerprint(job: Job) -> dict[str, Any]:
     """What must be the same for a run to be resumed: everything that changes a byte of the result."""
-    recipe = job.recipe.to_dict() | {"method_options": options_of(job.method)}
+    recipe = job.recipe.to_dict() | {"method_options": job.method_options}
     recipe.pop("activation_memory")
     return {
         "recipe": recipe,
