@@ -20,6 +20,8 @@ STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "experts", "hidden")
 """What --structure can remove."""
 BUDGET_STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
 """Among which a budget can be split."""
+LOOKED_AT = {"round_to": ("ffn", "hidden"), "update": ("ffn", "kv-groups", "heads", "hidden")}
+"""Which structures look at a field."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 
 
@@ -134,23 +136,19 @@ class Recipe:
         self.refuse_unused(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default_of(f))
 
     def refuse_unused(self, names: Iterable[str]) -> None:
-        """Refuse the fields among ``names`` that nothing looks at where the others are as they are.
+        """Refuse the fields among ``names`` that have no meaning beside the others.
 
         Raises:
             RecipeError: naming the first.
         """
         units = {*self.structure} - {"depth"}
-        narrower = bool(units - {"experts"})
-        needs = {
-            "depth_by": ({"depth", "auto"} & {*self.structure}, "depth"),
-            "round_to": ({"ffn", "hidden", "auto"} & units, "ffn or hidden"),
-            "update": (narrower, "ffn, kv-groups, heads or hidden"),
-        }
         single = ("pattern", "allocation", "targets", "ignore", "overrides")
         for name in names:
-            if name in needs and not needs[name][0]:
-                structure = " --structure" if not self.structure else f" --structure {needs[name][1]}"
-                raise RecipeError(f"{name} needs{structure}", hint="leave it out")
+            if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
+                raise RecipeError(f"depth_by needs --structure{' depth' * bool(units)}", hint="leave it out")
+            if name in LOOKED_AT and not units:
+                structure = f" {', '.join(LOOKED_AT[name])}" if self.structure else ""
+                raise RecipeError(f"{name} needs --structure{structure}", hint="leave it out")
             if name in single and self.structure:
                 asked = "structure" if self.budget is None else "budget"
                 raise RecipeError(f"{name} has no meaning with --{asked}", hint="leave it out")
@@ -158,6 +156,13 @@ class Recipe:
                 raise RecipeError(
                     f"{name} has no meaning where only whole blocks go", hint="leave it out; --depth-by chooses blocks"
                 )
+
+    @property
+    def unused(self) -> list[str]:
+        """Fields that were changed and that none of these structures looks at, though another would."""
+        units = {*self.structure} - {"depth"}
+        changed = {"round_to": self.round_to != 32, "update": not self.update}
+        return [name for name in LOOKED_AT if changed[name] and units and not units & {*LOOKED_AT[name], "auto"}]
 
     def _check_budget(self) -> None:
         parse_budget(self.budget or "")

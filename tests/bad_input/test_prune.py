@@ -262,9 +262,20 @@ def test_settings_that_nothing_looks_at_are_named(model: Path, tmp_path: Path) -
             ({"method": "magnitude", **measuring}, {*measuring}),
             ({"method": "magnitude", "calibration": torch.ones(2, 8, dtype=torch.int64)}, {"calibration"}),
             ({"method": "wanda", "samples": 4, "sequence_length": 32, "compute_dtype": "float32"}, set()),
+            (
+                {
+                    "structure": "heads",
+                    "method": "magnitude",
+                    "update": False,
+                    "round_to": 8,
+                    "samples": 4,
+                    "sparsity": 0.05,
+                },
+                {"round_to", "samples"},
+            ),
             ({"structure": "depth", "depth_by": "influence", "samples": 4, "sequence_length": 32}, set()),
         ]
-    ):
+    ):  # fmt: skip
         told = secateur.prune(model, tmp_path / f"out-{number}", **{**common, **options}).warnings
         assert {line.split()[0] for line in told if "no effect" in line} == {
             "--" + name.replace("_", "-") for name in named

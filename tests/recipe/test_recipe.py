@@ -153,11 +153,8 @@ UNUSED = [
     ({"depth_by": "greedy"}, "depth_by needs --structure"),
     ({"structure": "ffn", "depth_by": "greedy"}, "depth_by needs --structure depth"),
     ({"structure": "ffn", "budget": "parameters=0.8", "depth_by": "greedy"}, "depth_by needs --structure depth"),
-    ({"structure": "depth", "round_to": 8}, "round_to needs --structure ffn or hidden"),
-    ({"structure": "heads", "round_to": 8}, "round_to needs --structure ffn or hidden"),
-    ({"structure": "experts", "round_to": 8}, "round_to needs --structure ffn or hidden"),
+    ({"structure": "depth", "round_to": 8}, "round_to needs --structure ffn, hidden"),
     ({"structure": "depth", "update": False}, "update needs --structure ffn"),
-    ({"structure": "depth,experts", "update": False}, "update needs --structure ffn"),
     ({"structure": "depth", "method": "wanda"}, "method has no meaning where only whole blocks go"),
     ({"structure": "depth", "budget": "parameters=0.8", "method": "obs"}, "method has no meaning"),
     ({"structure": "depth", "method_options": {"damping": 1}}, "method_options has no meaning"),
@@ -184,3 +181,18 @@ def test_what_nothing_looks_at_is_refused(data, words):
 def test_what_is_looked_at_is_not(data):
     recipe = Recipe.from_dict(data)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.unused == []
+
+
+@pytest.mark.parametrize(
+    ("data", "unused"),
+    [
+        ({"structure": "heads", "round_to": 8, "update": False}, ["round_to"]),
+        ({"structure": "depth,kv-groups", "round_to": 8}, ["round_to"]),
+        ({"structure": "experts", "round_to": 8, "update": False}, ["round_to", "update"]),
+        ({"structure": "heads,ffn", "round_to": 8}, []),
+    ],
+    ids=str,
+)
+def test_what_other_units_would_look_at(data, unused):
+    assert Recipe.from_dict(data).unused == unused

@@ -107,6 +107,8 @@ def prune(
         job = prepare(source, recipe, chosen, own_data, recorder, stack, resumed)
         text = None if data == "builtin" else data
         tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, job.model, recorder)
+        for name in recipe.unused:
+            recorder.warn(f"--{name.replace('_', '-')} has no effect with --structure {','.join(recipe.structure)}")
         if not job.calibration_read:
             tell_unread(recipe, own_data is not None, evaluate, f"method {recipe.method}", recorder)
         if evaluate:
