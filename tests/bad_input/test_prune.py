@@ -269,7 +269,7 @@ def test_settings_that_nothing_looks_at_are_named(model: Path, tmp_path: Path) -
                     "update": False,
                     "round_to": 8,
                     "samples": 4,
-                    "sparsity": 0.05,
+                    "sparsity": 0.134,
                 },
                 {"round_to", "samples"},
             ),
