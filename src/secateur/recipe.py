@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "experts", "hidden")
 """What --structure can remove."""
 BUDGET_STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
 """Among which a budget can be split."""
+LOOKED_AT = {"round_to": ("ffn", "hidden"), "update": ("ffn", "kv-groups", "heads", "hidden")}
+"""Which structures look at a field."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 
 
@@ -39,7 +41,8 @@ class Recipe:
     """What to prune and how. A field left at None takes its default when the model is known."""
 
     method: str = "auto"
-    """Pruning method; `secateur methods` lists them. auto is sparsegpt; with --structure obs, for experts reap."""
+    """Pruning method; `secateur methods` lists them. auto is sparsegpt; with --structure obs, for experts reap. Blocks
+    are chosen by --depth-by instead."""
     method_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method, as KEY=VALUE; `secateur methods NAME` lists them."""
     sparsity: float | None = None
@@ -57,7 +60,7 @@ class Recipe:
     round_to: int = 32
     """Neurons and hidden channels that stay are a multiple of this (with --structure ffn or hidden)."""
     update: bool = True
-    """Refit what stays to make up for what goes (with --structure)."""
+    """Refit what stays to make up for what goes (with --structure ffn, kv-groups, heads or hidden)."""
     allocation: str = "uniform"
     """How the sparsity is divided among the matrices."""
     calibration: str = "builtin"
@@ -86,11 +89,11 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.budget is not None and not self.structure:
             object.__setattr__(self, "structure", ("auto",))
-        if self.method == "auto":
-            units = "reap" if "experts" in self.structure else "obs"
-            object.__setattr__(self, "method", units if self.structure else "sparsegpt")
         pattern = parse_pattern(self.pattern)
         self._check_structure()
+        if self.method == "auto" and {*self.structure} != {"depth"}:
+            units = "reap" if "experts" in self.structure else "obs"
+            object.__setattr__(self, "method", units if self.structure else "sparsegpt")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
             implied = pattern.sparsity
@@ -130,18 +133,36 @@ class Recipe:
             )
         if self.depth_by not in DEPTH_WAYS:
             raise UnknownNameError("way to choose blocks", self.depth_by, DEPTH_WAYS)
-        own = {"round_to": self.round_to != 32, "update": not self.update, "depth_by": self.depth_by != "auto"}
-        other = {
-            "pattern": self.pattern != "unstructured", "allocation": self.allocation != "uniform",
-            "targets": bool(self.targets), "ignore": bool(self.ignore), "overrides": bool(self.overrides),
-        }  # fmt: skip
-        for name, given in (other if self.structure else own).items():
-            if given:
+        self.refuse_unused(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default_of(f))
+
+    def refuse_unused(self, names: Iterable[str]) -> None:
+        """Refuse the fields among ``names`` that have no meaning beside the others.
+
+        Raises:
+            RecipeError: naming the first.
+        """
+        units = {*self.structure} - {"depth"}
+        single = ("pattern", "allocation", "targets", "ignore", "overrides")
+        for name in names:
+            if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
+                raise RecipeError(f"depth_by needs --structure{' depth' * bool(units)}", hint="leave it out")
+            if name in LOOKED_AT and not units:
+                structure = f" {', '.join(LOOKED_AT[name])}" if self.structure else ""
+                raise RecipeError(f"{name} needs --structure{structure}", hint="leave it out")
+            if name in single and self.structure:
                 asked = "structure" if self.budget is None else "budget"
-                where = f"has no meaning with --{asked}" if self.structure else "needs --structure"
-                raise RecipeError(f"{name} {where}", hint="leave it out")
-        if self.structure and not {"depth", "auto"} & {*self.structure} and self.depth_by != "auto":
-            raise RecipeError("depth_by needs --structure depth", hint="leave it out")
+                raise RecipeError(f"{name} has no meaning with --{asked}", hint="leave it out")
+            if name in ("method", "method_options") and self.structure and not units:
+                raise RecipeError(
+                    f"{name} has no meaning where only whole blocks go", hint="leave it out; --depth-by chooses blocks"
+                )
+
+    @property
+    def unused(self) -> list[str]:
+        """Fields that were changed and that none of these structures looks at, though another would."""
+        units = {*self.structure} - {"depth"}
+        changed = {"round_to": self.round_to != 32, "update": not self.update}
+        return [name for name in LOOKED_AT if changed[name] and units and not units & {*LOOKED_AT[name], "auto"}]
 
     def _check_budget(self) -> None:
         parse_budget(self.budget or "")
@@ -200,6 +221,12 @@ class Recipe:
                 raise RecipeError(f"{where}: unknown key '{raw_key}'", hint=hint)
             values[key] = _checked(key, value, where)
         return cls(**values)
+
+
+def _default_of(entry: dataclasses.Field[Any]) -> Any:
+    if entry.default_factory is not dataclasses.MISSING:
+        return entry.default_factory()
+    return entry.default
 
 
 _STRINGS = {"method", "budget", "depth_by", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}

@@ -12,6 +12,9 @@ from secateur.errors import UnknownNameError, UsageError
 
 MODES = ("full", "lora", "norms-and-biases", "blocks")
 LOSSES = ("auto", "lm", "kd", "kd+hidden", "labels", "features")
+RANK = 16
+TOP_K = 64
+SAVE_MINUTES = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,25 +32,26 @@ class Training:
     tokens: int | None = None
     """Budget in training tokens, of all processes together (once through the data)."""
     minutes: float | None = None
-    """Budget in minutes of training, turned into steps by a measurement before it starts."""
+    """Budget in minutes of training, turned into steps by a measurement before it starts. The steps alone are counted:
+    asking the teacher, loading, verifying and measuring come on top."""
     learning_rate: float | None = None
     """Peak learning rate (full 4e-4, lora 1e-3, norms-and-biases 1e-3, blocks 2e-4)."""
     batch_size: int | None = None
     """Sequences of an optimiser step in each process (1; 2 for blocks; 16 for labelled texts)."""
     sequence_length: int | None = None
     """Tokens in a training window (1024, never more than the model's)."""
-    rank: int = 16
-    """Rank of the adapters of --mode lora."""
-    top_k: int = 64
-    """Logits of the teacher that are kept for each token; the others count as one."""
+    rank: int | None = None
+    """Rank of the adapters of --mode lora (16)."""
+    top_k: int | None = None
+    """Logits of the teacher that are kept for each token (64); the others count as one."""
     epochs: int | None = None
-    """Times through the training windows for --mode blocks (4)."""
+    """Times through the data: the windows of --mode blocks (4), labelled texts (3), texts to embed (1)."""
     held_out: float = 0.05
     """Share of the data that is not trained on and measures generalisation."""
     gradient_checkpointing: str = "auto"
     """on, off, or auto: on for lora and norms-and-biases, the modes that save memory."""
-    save_minutes: float = 10.0
-    """Minutes between checkpoints that --resume can go on from."""
+    save_minutes: float | None = None
+    """Minutes between checkpoints that --resume can go on from (10)."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of transformers.TrainingArguments, as KEY=VALUE: schedulers, optimisers, logging, precision."""
     seed: int = 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import secateur
@@ -245,3 +246,51 @@ def test_images_without_their_processor(tmp_path: Path) -> None:
     (images / "preprocessor_config.json").unlink(missing_ok=True)
     (tmp_path / "images").mkdir()
     refused(CalibrationError, "preprocessor_config", images, tmp_path / "out", calibration=str(tmp_path / "images"))
+
+
+def test_settings_that_nothing_looks_at_are_named(model: Path, tmp_path: Path) -> None:
+    """Those of a calibration that is not needed, and what was given to measure with where nothing is measured."""
+    common: dict[str, Any] = {"evaluate": False, "verify": False}
+    (tmp_path / "pairs.jsonl").write_text('{"good": "a cat", "bad": "a act"}')
+    unread = {"calibration": "missing.txt", "samples": 4, "sequence_length": 32, "compute_dtype": "float32",
+              "activation_memory": "1GB"}  # fmt: skip
+    measuring = {"data": "missing.txt", "files": [tmp_path / "pairs.jsonl"], "prompt": "Once"}
+    for number, (options, named) in enumerate(
+        [
+            ({"method": "magnitude"}, set()),
+            ({"method": "magnitude", **unread}, {*unread}),
+            ({"method": "magnitude", **measuring}, {*measuring}),
+            ({"method": "magnitude", "calibration": torch.ones(2, 8, dtype=torch.int64)}, {"calibration"}),
+            ({"method": "wanda", "samples": 4, "sequence_length": 32, "compute_dtype": "float32"}, set()),
+            (
+                {
+                    "structure": "heads",
+                    "method": "magnitude",
+                    "update": False,
+                    "round_to": 8,
+                    "samples": 4,
+                    "sparsity": 0.134,
+                },
+                {"round_to", "samples"},
+            ),
+            ({"structure": "depth", "depth_by": "influence", "samples": 4, "sequence_length": 32}, set()),
+        ]
+    ):  # fmt: skip
+        told = secateur.prune(model, tmp_path / f"out-{number}", **{**common, **options}).warnings
+        assert {line.split()[0] for line in told if "no effect" in line} == {
+            "--" + name.replace("_", "-") for name in named
+        }
+
+
+def test_texts_to_measure_with_that_the_model_cannot_use_are_named(tmp_path: Path) -> None:
+    encoder = save_tiny(tmp_path / "encoder", "bert")
+    body = transformers.BertModel.from_pretrained(encoder)
+    shutil.copytree(encoder, tmp_path / "body", ignore=shutil.ignore_patterns("*.safetensors"))
+    body.save_pretrained(tmp_path / "body")
+    (tmp_path / "text.txt").write_text("some text " * 50)
+    told = secateur.prune(
+        tmp_path / "body", tmp_path / "out", method="magnitude", verify=False, data=str(tmp_path / "text.txt"),
+        prompt="Once",
+    ).warnings  # fmt: skip
+    assert any(line.startswith("--data has no effect on a BertModel") for line in told)
+    assert any(line.startswith("--prompt has no effect on a BertModel") for line in told)

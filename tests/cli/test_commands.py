@@ -83,6 +83,13 @@ def test_evaluate_passes_all_and_shows_errors_and_protocol(run, verb):
     assert json.loads(run("evaluate", *arguments, "--json").out) == stand_in.answer.to_dict()
 
 
+def test_generate_passes_on_what_loading_warns_of(run, verb):
+    stand_in = verb("generate")
+    stand_in.answer = "text"
+    stand_in.during = lambda reporter: reporter.warn("a tensor has no place")
+    assert "warning: a tensor has no place" in run("generate", "m", "--prompt", "Once", "--quiet").err
+
+
 def test_generate_prints_the_text_as_it_is(run, verb):
     stand_in = verb("generate")
     stand_in.answer = " a [red]cat[/red]\n  indented"
@@ -91,6 +98,7 @@ def test_generate_prints_the_text_as_it_is(run, verb):
     )
     assert result.out == stand_in.answer + "\n"
     assert stand_in.args == ("m", "Once")
+    assert stand_in.kwargs.pop("reporter") is not None
     assert stand_in.kwargs == {
         "new_tokens": 5,
         "seed": 3,

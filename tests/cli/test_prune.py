@@ -258,6 +258,14 @@ def test_earlier_results_stand_beside(run, pruning, tmp_path):
     assert "--beside other started from another model" in result.err
 
 
+@pytest.mark.parametrize("words", [["--round-to", "32"], ["--update"], ["--structure", "depth", "--update"]], ids=str)
+def test_a_default_that_is_typed_and_not_looked_at_is_refused(run, pruning, words):
+    result = run("prune", "demo", "-o", "out", *words)
+    assert result.status == 2
+    assert "needs --structure" in result.err
+    assert not pruning.calls
+
+
 def test_a_result_beside_that_is_none_is_refused_before_work(run, pruning, tmp_path):
     result = run("prune", "demo", "-o", "out", "--beside", str(tmp_path))
     assert result.status == 2

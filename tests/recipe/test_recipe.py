@@ -145,3 +145,54 @@ def test_every_refusal_is_one_line_and_exit_2(data):
     assert caught.value.exit_code == 2
     assert "\n" not in caught.value.message + caught.value.hint
     assert caught.value.hint
+
+
+UNUSED = [
+    ({"round_to": 8}, "round_to needs --structure"),
+    ({"update": False}, "update needs --structure"),
+    ({"depth_by": "greedy"}, "depth_by needs --structure"),
+    ({"structure": "ffn", "depth_by": "greedy"}, "depth_by needs --structure depth"),
+    ({"structure": "ffn", "budget": "parameters=0.8", "depth_by": "greedy"}, "depth_by needs --structure depth"),
+    ({"structure": "depth", "round_to": 8}, "round_to needs --structure ffn, hidden"),
+    ({"structure": "depth", "update": False}, "update needs --structure ffn"),
+    ({"structure": "depth", "method": "wanda"}, "method has no meaning where only whole blocks go"),
+    ({"structure": "depth", "budget": "parameters=0.8", "method": "obs"}, "method has no meaning"),
+    ({"structure": "depth", "method_options": {"damping": 1}}, "method_options has no meaning"),
+    ({"structure": "ffn", "pattern": "2:4"}, "pattern has no meaning with --structure"),
+    ({"budget": "parameters=0.8", "targets": ["*"]}, "targets has no meaning with --budget"),
+]
+USED = [
+    {"structure": "ffn", "round_to": 8, "update": False, "method": "wanda"},
+    {"structure": "hidden", "round_to": 8, "update": False},
+    {"structure": "depth,heads", "method": "magnitude", "update": False, "depth_by": "angular"},
+    {"structure": "depth,experts", "method": "frequency"},
+    {"budget": "parameters=0.8", "round_to": 8, "update": False, "depth_by": "greedy", "method": "magnitude"},
+]
+
+
+@pytest.mark.parametrize(("data", "words"), UNUSED, ids=str)
+def test_what_nothing_looks_at_is_refused(data, words):
+    with pytest.raises(RecipeError, match=words) as caught:
+        Recipe.from_dict(data)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("data", [*USED, {"structure": "depth"}, {"structure": "experts"}, {}], ids=str)
+def test_what_is_looked_at_is_not(data):
+    recipe = Recipe.from_dict(data)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.unused == []
+
+
+@pytest.mark.parametrize(
+    ("data", "unused"),
+    [
+        ({"structure": "heads", "round_to": 8, "update": False}, ["round_to"]),
+        ({"structure": "depth,kv-groups", "round_to": 8}, ["round_to"]),
+        ({"structure": "experts", "round_to": 8, "update": False}, ["round_to", "update"]),
+        ({"structure": "heads,ffn", "round_to": 8}, []),
+    ],
+    ids=str,
+)
+def test_what_other_units_would_look_at(data, unused):
+    assert Recipe.from_dict(data).unused == unused

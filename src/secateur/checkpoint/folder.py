@@ -63,7 +63,10 @@ class OutputFolder:
 
     def _check_apart(self, source: Path) -> None:
         if self.out == source:
-            raise OutputError(f"output folder {self.out} is a model that is read", hint="choose another output folder")
+            raise OutputError(
+                f"output folder {self.out} is a model that is read, or that one which is read was made from",
+                hint="choose another output folder",
+            )
         if source in self.out.parents:
             raise OutputError(
                 f"output folder {self.out} is inside the model {source}", hint="choose a folder beside the model"

@@ -40,7 +40,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a prompt."""
-    with console.working(quiet=quiet):
+    with console.working(quiet=quiet) as reporter:
         from secateur.verbs.generate import generate as run
 
         text = run(
@@ -52,6 +52,7 @@ def generate(
             chat=chat,
             device=device,
             dtype=dtype,
+            reporter=reporter,
         )
     if json:
         console.write(Generated(model, prompt, text).to_json())

@@ -227,6 +227,13 @@ def build_recipe(flags: Mapping[str, Any], file: Path | None, reporter: Reporter
         UsageError: for a flag with a value that makes no sense.
     """
     given = {name: value for name, value in flags.items() if value is not None and value != [] and value != {}}
+    recipe = _laid_over(given, file, reporter)
+    # Unused at their default, they do no harm in a file; who types one expects something of it.
+    recipe.refuse_unused(name for name in ("round_to", "update") if name in given)
+    return recipe
+
+
+def _laid_over(given: dict[str, Any], file: Path | None, reporter: Reporter) -> Recipe:
     if file is None:
         return Recipe.from_dict(given, where="flags")
     data = {str(key).replace("-", "_"): value for key, value in load_recipe(file).items()}

@@ -21,9 +21,11 @@ DECIDED = frozenset({
     "output_dir", "max_steps", "num_train_epochs", "save_strategy", "save_steps", "save_total_limit",
     "load_best_model_at_end", "eval_strategy", "do_eval", "do_predict", "remove_unused_columns",
     "label_smoothing_factor", "resume_from_checkpoint", "push_to_hub", "auto_find_batch_size", "use_cpu", "seed",
-    "save_only_model",
+    "save_only_model", "learning_rate", "gradient_checkpointing", "activation_checkpointing", "logging_strategy",
 })  # fmt: skip
 """Arguments of the stock Trainer that would contradict what recover does itself."""
+UNUSED = ("eval_", "hub_", "per_device_eval_", "metric_for_best_model", "greater_is_better", "batch_eval_metrics")
+"""How those begin that nothing looks at: recover measures in its own way, and uploads nothing."""
 REFUSED = {
     "deepspeed": "DeepSpeed updates copies of the weights that no mask is held on",
     "parallelism_config": "tensor and context parallelism cut layers apart, and masks are not cut alike",
@@ -155,6 +157,11 @@ def training_arguments(
             raise UnknownNameError("training argument", key, known)
         if name in DECIDED:
             raise UsageError(f"--trainer {key} is decided by secateur", hint="use the flags of recover")
+        if name.startswith(UNUSED):
+            raise UsageError(
+                f"--trainer {key} has no effect: recover measures in its own way and uploads nothing",
+                hint="leave it out; --held-out and --evaluate are what recover measures with",
+            )
         defaults.pop(name, None)
         if name == "fsdp" and str(value).lower() in ("true", "1"):
             words.append("--fsdp")  # its value is a text of an older kind

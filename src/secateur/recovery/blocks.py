@@ -29,6 +29,8 @@ from secateur.recovery.zeros import HeldZeros
 from secateur.result import PrunedMatrix
 from secateur.seeds import derived_seed
 
+_SMALLER = "start again with --overwrite and a smaller --learning-rate"
+
 
 @dataclass(frozen=True)
 class BlockTraining:
@@ -106,8 +108,8 @@ class BlockRecovery(PairedStream):
                         losses.append(float(loss))
                     if not math.isfinite(sum(losses)):
                         raise RunError(
-                            f"the loss of {block.name} is not finite",
-                            hint="start again with a smaller --learning-rate",
+                            f"the loss of {block.name} is not finite at its step {step + 1}",
+                            hint=_SMALLER,
                         )
                     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                     optimizer.param_groups[0]["lr"] = options.learning_rate * _decay(step, total)
@@ -125,7 +127,7 @@ class BlockRecovery(PairedStream):
         for name in trained:
             made = self.model.get_parameter(name).detach().cpu().to(self.output_dtype(name))
             if not torch.isfinite(made).all():
-                raise RunError(f"{name} does not fit {made.dtype} any more", hint="use a smaller --learning-rate")
+                raise RunError(f"{name} does not fit {made.dtype} any more", hint=_SMALLER)
             final[name] = made
 
     def _tell(self, seconds: float, steps: int, parameters: Sequence[torch.Tensor]) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import Dataset
 
 from secateur.errors import CalibrationError, UsageError
-from secateur.recovery.teacher import TeacherLogits
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,17 @@ def split(count: int, share: float, *, shuffle: bool, seed: int) -> Split:
     return Split(order[: count - apart], order[count - apart :])
 
 
+class Answers(Protocol):
+    """What a teacher says about each window."""
+
+    def __getitem__(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Classes (tokens, k) int64 and their log-probabilities (tokens, k) float32 of one window."""
+
+
 class Windows(Dataset[dict[str, Any]]):
     """Windows of a text, each with its number, by which the teacher's answer is found."""
 
-    def __init__(self, windows: torch.Tensor, indices: Sequence[int], teacher: TeacherLogits | None = None) -> None:
+    def __init__(self, windows: torch.Tensor, indices: Sequence[int], teacher: Answers | None = None) -> None:
         self._windows, self._indices, self._teacher = windows, list(indices), teacher
 
     def __len__(self) -> int:

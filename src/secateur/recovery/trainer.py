@@ -164,10 +164,15 @@ class HoldZeros(transformers.TrainerCallback):
 
 
 class Checkpoints(transformers.TrainerCallback):
-    """Asks for a checkpoint every so many minutes, marks it when it is whole, and removes the one before."""
+    """Asks for a checkpoint every so many minutes, marks it when it is whole, and removes the one before.
 
-    def __init__(self, minutes: float) -> None:
+    Args:
+        reporter: told once when losses are logged so rarely that a checkpoint is half as long again in coming.
+    """
+
+    def __init__(self, minutes: float, reporter: Reporter | None = None) -> None:
         self._seconds = 60 * minutes
+        self._reporter = reporter
         self._last = time.monotonic()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
@@ -178,6 +183,13 @@ class Checkpoints(transformers.TrainerCallback):
         logged = state.global_step % max(1, int(state.logging_steps)) == 0
         if logged and state.global_step < state.max_steps:
             control.should_save |= self._due(args)
+        elif self._reporter is not None and time.monotonic() - self._last > 1.5 * self._seconds:
+            every = max(1, int(state.logging_steps))
+            self._reporter.warn(
+                f"a checkpoint is late: they are made where losses are logged, every {every:,} steps, and "
+                f"{time.monotonic() - self._last:,.0f} s have gone; --trainer logging_steps=N sets another number"
+            )
+            self._reporter = None
         return control
 
     def _due(self, args: Any) -> bool:

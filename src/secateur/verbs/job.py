@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -52,6 +51,7 @@ from secateur.structured.configure import cut_shapes, shapes_of
 from secateur.structured.entries import apply_changes, as_spelled
 from secateur.structured.expert_stream import ExpertStream
 from secateur.structured.stream import UnitStream
+from secateur.verbs.asked import options_of
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.choices import CHANNELS, Choices, check_gradients, choose_channels, gradient_scores
 from secateur.verbs.provenance import versions
@@ -82,6 +82,13 @@ class Job:
     """What goes, when whole units do."""
     choices: Choices = field(default_factory=Choices)
     """What is decided for the whole model when the work starts."""
+    calibration_read: bool = True
+    """Whether the calibration data were needed, be it only to choose what goes."""
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The options of the method by name; none where it is asked nothing."""
+        return {} if self.recipe.method == "auto" else options_of(self.method)
 
     @property
     def layout(self) -> Layout:
@@ -155,29 +162,6 @@ class Written:
     expected: Expected
 
 
-def merge(
-    recipe: Recipe | None, method: str | Chooser | None, settings: dict[str, Any]
-) -> tuple[Chooser | None, Recipe]:
-    """Lay keyword arguments over a recipe; a method object stands beside it, with its options noted in it."""
-    values = recipe.to_dict() if recipe is not None else {}
-    values.update(settings)
-    if isinstance(method, str):
-        if values.get("method") != method:
-            values["method_options"] = settings.get("method_options", {})
-        values["method"] = method
-    elif method is not None:
-        values["method"], values["method_options"] = getattr(method, "name", type(method).__name__), options_of(method)
-    chosen = method if method is not None and not isinstance(method, str) else None
-    return chosen, Recipe.from_dict(values, where="prune")
-
-
-def options_of(method: Chooser) -> dict[str, Any]:
-    """The options of a method by name, as its dataclass has them."""
-    options: Any = method
-    fields = dataclasses.fields(options) if dataclasses.is_dataclass(options) else ()
-    return {entry.name: getattr(options, entry.name) for entry in fields}
-
-
 def prepare(
     source: Source, recipe: Recipe, method: Chooser | None, data: Data | None, reporter: Recorder,
     stack: ExitStack, resumed: Mapping[str, Any] | None = None,
@@ -188,7 +172,9 @@ def prepare(
         resumed: fingerprint of the run that is taken up: what took long to choose is not chosen again.
     """
     if method is None:
-        method = make_chooser(recipe.method, recipe.structure, recipe.method_options)
+        # Where only blocks go, nothing is asked of a method, and the recipe names none.
+        name = "obs" if recipe.method == "auto" else recipe.method
+        method = make_chooser(name, recipe.structure, recipe.method_options)
     check_chooser(method, recipe.structure)
     device = resolve_device(recipe.device)
     asked = recipe.compute_dtype
@@ -241,13 +227,14 @@ def prepare(
     if dtype is not None:
         _check_fits(reader, dtype)
     digest = hash_folder(source.folder)
+    read = bool(loaded)
     loaded.clear()
     trim_memory()  # tokenizer and text are no longer needed
     if isinstance(method, Method):
         plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
     return Job(
         source, recipe, method, opened.skeleton, opened.structure, opened.reader, opened.binding, plan, calibration,
-        device, compute, dtype, digest, prunable, shape,
+        device, compute, dtype, digest, prunable, shape, calibration_read=read,
     )  # fmt: skip
 
 
@@ -346,7 +333,7 @@ def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Re
 
 def _fingerprint(job: Job) -> dict[str, Any]:
     """What must be the same for a run to be resumed: everything that changes a byte of the result."""
-    recipe = job.recipe.to_dict() | {"method_options": options_of(job.method)}
+    recipe = job.recipe.to_dict() | {"method_options": job.method_options}
     recipe.pop("activation_memory")
     return {
         "recipe": recipe,

@@ -24,7 +24,7 @@ from secateur.measure.embeddings import check_encoder
 from secateur.measure.texts import tokenise
 from secateur.progress import Reporter
 from secateur.recovery.data import Split, split, steps_for
-from secateur.training import Training
+from secateur.training import RANK, TOP_K, Training
 from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.teacher import Teacher, find_teacher, is_classifier
 
@@ -66,6 +66,11 @@ class Lesson:
     """How many train together, each on a batch of its own in every step."""
 
     @property
+    def top_k(self) -> int:
+        """Logits of the teacher that are kept for each token."""
+        return self.settings.top_k or TOP_K
+
+    @property
     def sequences_per_step(self) -> int:
         """Sequences of an optimiser step, in all processes together."""
         return self.batch_size * self.processes
@@ -77,6 +82,17 @@ class Lesson:
             return self.sequences_per_step * self.length
         mean = sum(map(len, self.tokens)) / len(self.tokens)
         return max(1, round(self.sequences_per_step * mean))
+
+    def cut_to(self, steps: int) -> None:
+        """Leave out the windows that so many steps never reach: the teacher need not read them."""
+        reached = min(len(self.split.train), steps * self.sequences_per_step)
+        self.split = Split(self.split.train[:reached], self.split.held_out)
+        self.protocol["held_out"] = self.held_out_told
+
+    @property
+    def held_out_told(self) -> str:
+        """How much of the data is held out, in words."""
+        return f"{len(self.split.held_out)} of {len(self.split.held_out) + len(self.split.train)} examples"
 
 
 def plan_lesson(
@@ -107,9 +123,11 @@ def plan_lesson(
     labelled = _labelled(settings, skeleton)
     task = _task(settings, skeleton, labelled)
     tokenizer = load_tokenizer(source.folder)
-    known = settings.teacher is not None or bool(result.get("source"))
+    known = settings.teacher is not None or bool((result.get("source") or {}).get("model"))
     loss = _loss(settings, task, known, reporter)
     needs_teacher = settings.mode == "blocks" or loss in ("kd", "kd+hidden", "features")
+    if settings.teacher is not None and not needs_teacher:
+        raise UsageError(f"--loss {loss} has no teacher", hint="leave --teacher out, or use --loss kd")
     teacher = find_teacher(settings, loss, sha256, result, skeleton, tokenizer, reporter) if needs_teacher else None
     rates = LABEL_RATES if task == "labels" else RATES
     lesson = Lesson(
@@ -118,35 +136,42 @@ def plan_lesson(
         teacher=teacher, processes=processes,
     )  # fmt: skip
     if task == "language":
-        _running_text(lesson, skeleton)
+        _running_text(lesson, skeleton, reporter)
     else:
-        _single_texts(lesson, source, skeleton, labelled)
-    _tell_inert(lesson, reporter)
+        _single_texts(lesson, skeleton, labelled, reporter)
+    for name in unused(settings, task, loss):
+        reporter.warn(f"--{name.replace('_', '-')} has no effect with --mode {settings.mode} and this loss")
     lesson.protocol |= {
         "loss": "relative error of block outputs" if settings.mode == "blocks" else loss,
         "mode": settings.mode,
         "learning_rate": lesson.learning_rate,
         "batch_size": lesson.batch_size,
         "processes": processes,
-        "held_out": f"{len(lesson.split.held_out)} of {len(lesson.split.held_out) + len(lesson.split.train)} examples",
+        "held_out": lesson.held_out_told,
         "teacher": teacher.source.name if teacher else "none",
     }
+    if settings.mode == "lora":
+        lesson.protocol["rank"] = settings.rank or RANK
+    if looks_at_top_k(settings, task, loss):
+        lesson.protocol["top_k"] = lesson.top_k
     return lesson
 
 
-def _tell_inert(lesson: Lesson, reporter: Reporter) -> None:
-    """Warn of settings that were changed and that nothing in this run looks at."""
-    settings, blocks = lesson.settings, lesson.settings.mode == "blocks"
+def looks_at_top_k(settings: Training, task: Task, loss: str) -> bool:
+    """Whether the teacher's next-token distribution is learned, of which so many logits are kept."""
+    return task == "language" and loss in ("kd", "kd+hidden") and settings.mode != "blocks"
+
+
+def unused(settings: Training, task: Task, loss: str) -> list[str]:
+    """Settings that were given and that nothing in this run looks at."""
+    blocks = settings.mode == "blocks"
     looked_at = {
         "rank": settings.mode == "lora",
-        "top_k": lesson.task == "language" and lesson.loss in ("kd", "kd+hidden") and not blocks,
+        "top_k": looks_at_top_k(settings, task, loss),
         "gradient_checkpointing": not blocks,
         "save_minutes": not blocks,
     }
-    for name, used in looked_at.items():
-        if not used and getattr(settings, name) != getattr(Training, name):
-            flag = "--" + name.replace("_", "-")
-            reporter.warn(f"{flag} has no effect with --mode {settings.mode} and this loss")
+    return [name for name, used in looked_at.items() if not used and getattr(settings, name) not in (None, "auto")]
 
 
 def _labelled(settings: Training, skeleton: transformers.PreTrainedModel) -> Labelled | None:
@@ -206,7 +231,7 @@ def _loss(settings: Training, task: Task, teacher_known: bool, reporter: Reporte
     return settings.loss
 
 
-def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> None:
+def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel, reporter: Reporter) -> None:
     settings = lesson.settings
     lesson.length = window_length(settings.sequence_length, skeleton, 1024)
     lesson.batch_size = settings.batch_size or (2 if settings.mode == "blocks" else 1)
@@ -222,8 +247,16 @@ def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> Non
     if settings.mode == "blocks":
         lesson.epochs = settings.epochs or EPOCHS
         count = min(available, BLOCK_WINDOWS)
+        if settings.tokens is None and count < available:
+            reporter.note(f"{count} of {available:,} windows are trained on; --tokens sets another number")
         if settings.tokens is not None:
-            count = min(available, steps_for(settings.tokens, lesson.epochs, lesson.length))
+            wanted = steps_for(settings.tokens, lesson.epochs, lesson.length)
+            count = min(available, wanted)
+            if count < wanted:
+                reporter.warn(
+                    f"the text has {available:,} windows to train on: {lesson.epochs} times through them is "
+                    f"{available * lesson.epochs * lesson.length:,} tokens, not the {settings.tokens:,} of --tokens"
+                )
         lesson.split = Split(lesson.split.train[:count], lesson.split.held_out)
         lesson.steps = 0
         return
@@ -232,15 +265,16 @@ def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel) -> Non
     if settings.minutes is None:
         each = lesson.sequences_per_step
         lesson.steps = steps_for(settings.tokens or max(available, each) * lesson.length, each, lesson.length)
-        # What the budget never reaches the teacher need not read.
-        reached = min(available, lesson.steps * each)
-        lesson.split = Split(lesson.split.train[:reached], lesson.split.held_out)
+        lesson.cut_to(lesson.steps)
 
 
 def _single_texts(
-    lesson: Lesson, source: Source, skeleton: transformers.PreTrainedModel, labelled: Labelled | None
+    lesson: Lesson, skeleton: transformers.PreTrainedModel, labelled: Labelled | None, reporter: Reporter
 ) -> None:
     settings = lesson.settings
+    for name in ("tokens", "minutes"):
+        if settings.epochs is not None and getattr(settings, name) is not None:
+            raise UsageError(f"both epochs and {name} are given", hint="give one budget")
     if labelled is not None:
         texts, origin = labelled.texts, labelled.name
         lesson.labels, lesson.label_names = labelled.labels, labelled.names
@@ -249,10 +283,12 @@ def _single_texts(
         texts, origin = [part for part in text.text.split("\n\n") if len(part.split()) > 3], text.origin
         if not texts:
             raise CalibrationError(f"{text.origin} has no paragraph of four words or more")
-    lesson.length = settings.sequence_length or TEXT_TOKENS
+    lesson.length = window_length(settings.sequence_length, skeleton, TEXT_TOKENS)
     lesson.batch_size = settings.batch_size or (16 if labelled is not None else 32)
     made = tokenise(skeleton, lesson.tokenizer, texts, limit=lesson.length, name=origin)
     lesson.tokens = made.sequences
+    if made.cut:
+        reporter.note(f"{made.told}; --sequence-length sets another number")
     lesson.split = split(len(texts), settings.held_out, shuffle=True, seed=settings.seed)
     told = json.dumps([made.sequences, lesson.labels]).encode()
     lesson.digest = hashlib.sha256(told).hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,3 +36,9 @@ def provenance(model: Any, source: Source, digest: str) -> dict[str, Any]:
         given = str(Path(given).expanduser().resolve())
     entries = {key: value for key, value in dataclasses.asdict(source).items() if key != "folder"}
     return {**entries, "model": given, "sha256": digest}
+
+
+def made_from(result: Mapping[str, Any]) -> list[Path]:
+    """The files and folders that a ``secateur.json`` names as those its model was made from."""
+    named = [entry for entry in (result.get("source"), result.get("student")) if isinstance(entry, Mapping)]
+    return [Path(str(entry["model"])) for entry in named if entry.get("kind") in ("folder", "gguf") and entry["model"]]

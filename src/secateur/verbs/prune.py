@@ -26,10 +26,11 @@ from secateur.plugins import Chooser
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
+from secateur.verbs.asked import merge, tell_unmeasured, tell_unread
 from secateur.verbs.calibration import Data
 from secateur.verbs.card import write_card
 from secateur.verbs.evaluate import read_files
-from secateur.verbs.job import merge, options_of, prepare, write
+from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
 from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import check_measurable, measure_sides
@@ -104,6 +105,12 @@ def prune(
         folder = OutputFolder(out, overwrite=overwrite, resume=resume, sources=[source.folder, *named])
         resumed = Ledger.header(folder.partial / LEDGER) if resume else None
         job = prepare(source, recipe, chosen, own_data, recorder, stack, resumed)
+        text = None if data == "builtin" else data
+        tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, job.model, recorder)
+        for name in recipe.unused:
+            recorder.warn(f"--{name.replace('_', '-')} has no effect with --structure {','.join(recipe.structure)}")
+        if not job.calibration_read:
+            tell_unread(recipe, own_data is not None, evaluate, f"method {recipe.method}", recorder)
         if evaluate:
             check_measurable(job.model, data)
         folder.require_space(job.layout.nbytes)
@@ -139,7 +146,7 @@ def prune(
         pruned = PruneResult(
             out="" if in_place else str(out),
             source=provenance(model, source, job.source_hash),
-            recipe=recipe.to_dict() | {"method_options": options_of(job.method)},
+            recipe=recipe.to_dict() | {"method_options": job.method_options},
             sparsity=sides.after.sparsity if job.removed is None else job.removed,
             seconds=seconds,
             peak_rss_bytes=peak,

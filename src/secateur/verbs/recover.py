@@ -39,10 +39,12 @@ from secateur.recovery.arguments import check_launch, local_device
 from secateur.recovery.trainer import last_checkpoint
 from secateur.result import RESULT_FILE, Measured, RecoverResult, write_json
 from secateur.training import Training
+from secateur.verbs.asked import tell_unmeasured
 from secateur.verbs.card import write_recovery_card
 from secateur.verbs.evaluate import read_files
 from secateur.verbs.lesson import Lesson, plan_lesson
-from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
+from secateur.verbs.memory import as_source
+from secateur.verbs.provenance import made_from, peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import measured_model
 from secateur.verbs.taught import Taught, count_zeros
 from secateur.verbs.teach import teach
@@ -62,10 +64,11 @@ class _Opened:
 
 
 def recover(
-    model: str | Path,
+    model: str | Path | transformers.PreTrainedModel,
     out: str | Path,
     *,
     settings: Training | None = None,
+    tokenizer: Any = None,
     dense: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -81,9 +84,11 @@ def recover(
     Started by torchrun or accelerate launch, the processes train together; each gets the result.
 
     Args:
-        model: the pruned model: a folder, hub id, ``.gguf`` file, ``demo`` or ``demo-encoder``.
+        model: the pruned model: a folder, hub id, ``.gguf`` file, ``demo`` or ``demo-encoder``; or one in memory, which
+            stays as it is, and whose teacher must be named (``teacher="dense"``).
         out: folder to write.
         settings: how to train; ``values`` are fields of `Training` by name and win over it.
+        tokenizer: that of a model in memory.
         dense: go on although the model has no zeros to hold.
         resume: go on with the run that left ``OUT.partial``.
         overwrite: replace an existing OUT, and discard a left-over ``OUT.partial``.
@@ -100,8 +105,8 @@ def recover(
     with processes.together():
         given = settings.to_dict() if settings is not None else {}
         asked = _Asked(
-            model, Path(out), Training.from_dict({**given, **values}), dense, resume, overwrite, verify, evaluate,
-            measure_data, files,
+            model, Path(out), Training.from_dict({**given, **values}), tokenizer, dense, resume, overwrite, verify,
+            evaluate, measure_data, files,
         )  # fmt: skip
         return _recover(asked, processes, Recorder(reporter if processes.first else None))
 
@@ -110,9 +115,10 @@ def recover(
 class _Asked:
     """The arguments of `recover`."""
 
-    model: str | Path
+    model: str | Path | transformers.PreTrainedModel
     out: Path
     settings: Training
+    tokenizer: Any
     dense: bool
     resume: bool
     overwrite: bool
@@ -133,10 +139,10 @@ def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> Recover
         check_launch(chosen.trainer, chosen.mode, processes.count)
         if processes.first:
             asked.folder()  # refuse before anything is fetched
-        opened = _open(asked.model, recorder)
+        opened = _open(asked, recorder, stack)
         device = local_device(resolve_device(chosen.device), processes.count)
         dtype = compute_dtype(chosen.compute_dtype, device)
-        _check_measuring(asked)
+        _check_measuring(asked, opened.skeleton, recorder)
         lesson = plan_lesson(
             chosen, opened.source, opened.skeleton, opened.sha256, opened.result, recorder, processes.count
         )
@@ -150,9 +156,13 @@ def _recover(asked: _Asked, processes: Processes, recorder: Recorder) -> Recover
                 f"{opened.source.name} has no zeros: there is no pattern to hold",
                 hint="prune it first, or train it as it is with --dense",
             )
+        elif zeros and asked.dense:
+            recorder.warn(f"--dense has no effect: {opened.source.name} has {zeros:,} zeros, and they are held")
         fingerprint = _fingerprint(chosen, opened, lesson, device, dtype)
         _check_same(processes.gather(fingerprint))
-        read = [opened.source.folder, *places_of(asked.model)]
+        read = [opened.source.folder, *made_from(opened.result)]
+        if isinstance(asked.model, str | Path):
+            read += places_of(asked.model)
         if lesson.teacher is not None:
             read.append(lesson.teacher.source.folder)
         folder = asked.folder(*read) if processes.first else None
@@ -286,8 +296,13 @@ def _check_same(fingerprints: Sequence[dict[str, Any]]) -> None:
             )
 
 
-def _open(model: str | Path, reporter: Reporter) -> _Opened:
-    source = open_source(model, reporter=reporter)
+def _open(asked: _Asked, reporter: Reporter, stack: ExitStack) -> _Opened:
+    if isinstance(asked.model, str | Path):
+        source = open_source(asked.model, reporter=reporter)
+    elif asked.tokenizer is None:
+        raise UsageError("a model in memory needs its tokenizer", hint="recover(model, out, tokenizer=...)")
+    else:
+        source, _ = as_source(asked.model, asked.tokenizer, asked.out, stack)
     check_model_folder(source.folder)
     skeleton = build_skeleton(source.folder)
     with CheckpointReader(source.folder) as reader:
@@ -319,8 +334,10 @@ def _measured(
         return measured_model(place, prunable, data=data, files=(), evaluate=False, length=None, reporter=reporter)
 
 
-def _check_measuring(asked: _Asked) -> None:
+def _check_measuring(asked: _Asked, skeleton: transformers.PreTrainedModel, reporter: Reporter) -> None:
     """Refuse measuring data that cannot be read before hours of training, not after them."""
+    text = None if asked.measure_data == "builtin" else asked.measure_data
+    tell_unmeasured({"measure_data": text, "files": asked.files}, asked.evaluate, skeleton, reporter)
     if asked.evaluate:
         load_text(asked.measure_data, "measure")
         read_files(asked.files)

@@ -16,6 +16,7 @@ from secateur.errors import UnsupportedModelError, UsageError
 from secateur.measure.model import load_model, quiet_loading
 from secateur.recovery.lora import add_adapters
 from secateur.recovery.zeros import HeldZeros
+from secateur.training import RANK
 from secateur.verbs.lesson import Lesson
 
 
@@ -93,7 +94,7 @@ def trainable(lesson: Lesson, student: Any, held: HeldZeros, new: set[str]) -> A
     if settings.mode == "lora":
         learning = [student.get_parameter(name) for name in heads]
         weights = {matrix.name: student.get_parameter(matrix.name) for matrix in find_structure(student).matrices}
-        model = add_adapters(student, held, weights, rank=settings.rank, seed=settings.seed)
+        model = add_adapters(student, held, weights, rank=settings.rank or RANK, seed=settings.seed)
         for parameter in learning:
             parameter.requires_grad_(True)
         return model

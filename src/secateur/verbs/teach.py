@@ -22,13 +22,14 @@ from secateur.measure.texts import padding_token
 from secateur.processes import Processes
 from secateur.progress import Reporter
 from secateur.recovery.arguments import asks_for_parts, read_whole_models, training_arguments
-from secateur.recovery.blocks import duration
-from secateur.recovery.data import Pad, Texts, Windows, stack
+from secateur.recovery.data import Answers, Pad, Texts, Windows, stack
 from secateur.recovery.lora import merge_adapters
 from secateur.recovery.objectives import FeatureObjective, LabelObjective, LanguageObjective
 from secateur.recovery.parts import fill, gather, trained_parameters
 from secateur.recovery.teacher import TeacherLogits, build_cache, cache_key, cached_folder, open_cache
 from secateur.recovery.trainer import Checkpoints, RecoveryTrainer, Tell, last_checkpoint, time_of_step
+from secateur.training import SAVE_MINUTES
+from secateur.verbs.cost import StandIn, settle
 from secateur.verbs.lesson import Lesson
 from secateur.verbs.student import named_for, open_student, trainable
 from secateur.verbs.taught import ASSESSED, Taught, generalisation, held_zeros, write_taught
@@ -63,6 +64,14 @@ def teach(
         batch=lesson.batch_size, single_texts=lesson.task != "language", processes=processes.count,
         checkpointing=_checkpointing(settings.mode, settings.gradient_checkpointing),
     )  # fmt: skip
+    budget = None
+    if lesson.steps is None and _is_cached(lesson):
+        # Before the teacher is asked, so that it is asked only about what the minutes reach.
+        budget = settle(
+            lesson, functools.partial(_rehearsal, lesson, source, skeleton, arguments, device, dtype), ledger,
+            processes, reporter,
+        )  # fmt: skip
+        lesson.cut_to(budget.steps)
     cache = _teacher_cache(lesson, device, dtype, processes, reporter)
     live = None
     if lesson.teacher is not None and cache is None:
@@ -80,7 +89,7 @@ def teach(
         collate = stack if lesson.task == "language" else Pad(padding or 0)
         trainer = RecoveryTrainer(
             model=model, args=arguments, train_dataset=data, data_collator=collate, objective=objective,
-            callbacks=[Checkpoints(settings.save_minutes), tell],
+            callbacks=[Checkpoints(settings.save_minutes or SAVE_MINUTES, reporter), tell],
             held=held if settings.mode == "full" else None, owner=student,
         )  # fmt: skip
         del held  # where the pruned matrices are frozen, their masks are a tenth of all memory for nothing
@@ -90,14 +99,17 @@ def teach(
                 hint="leave fsdp out: each process then holds the whole model",
             )
         trainer.remove_callback(transformers.PrinterCallback)
-        steps, seconds, logging = _budget(lesson, trainer, collate, data, ledger, processes, reporter)
+        budget = budget or settle(
+            lesson, functools.partial(_time_and_size, trainer, collate, data), ledger, processes, reporter
+        )
+        steps = budget.steps
         arguments.max_steps = steps
         given = {key.replace("-", "_") for key in settings.trainer}
         if not given & {"warmup_steps", "warmup_ratio"}:
             # The first step of a warm-up has rate 0: one that is the only step must not be.
             arguments.warmup_steps = min(max(1, round(0.05 * steps)), steps - 1)
         if "logging_steps" not in given:
-            arguments.logging_steps = logging
+            arguments.logging_steps = budget.logging
         resumed = last_checkpoint(Path(arguments.output_dir))
         processes.gather(None)  # from here on they wait for each other's gradients, where nobody hears of an error
         try:
@@ -124,7 +136,7 @@ def teach(
     student = finished.eval()
     after = _losses(lesson, student, objective)
     del live, objective
-    report = _report(lesson, steps, done, tell.seconds, seconds, losses, before, after)
+    report = _report(lesson, steps, done, tell.seconds, budget.seconds, losses, before, after)
     made = write_taught(lesson, student, source, partial, named_for(student, held_zeros(source, skeleton)))
     made.report = report
     return made
@@ -135,6 +147,43 @@ def _losses(lesson: Lesson, student: Any, objective: Any) -> list[float | None]:
     return [_assess(lesson, student, part, objective) for part in (lesson.split.held_out, lesson.split.train)]
 
 
+def _is_cached(lesson: Lesson) -> bool:
+    """Whether the teacher is asked once, before the training, and not in every step."""
+    return lesson.loss == "kd" and lesson.task == "language"
+
+
+def _time_and_size(trainer: RecoveryTrainer, collate: Any, data: Any) -> tuple[float | None, int]:
+    """Seconds of a step and the number of trained parameters.
+
+    With FSDP there are no seconds: no process holds the whole model, and a step of a part is none.
+    """
+    model: Any = trainer.model
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if trainer.is_fsdp_enabled:
+        return None, trained
+    count = min(trainer.args.per_device_train_batch_size, len(data))
+    batch = collate([data[index] for index in range(count)])
+    return time_of_step(trainer, batch, trainer.args.gradient_accumulation_steps), trained
+
+
+def _rehearsal(
+    lesson: Lesson, source: Source, skeleton: transformers.PreTrainedModel,
+    arguments: transformers.TrainingArguments, device: torch.device, dtype: torch.dtype,
+) -> tuple[float | None, int]:  # fmt: skip
+    """The same of a student that goes again, with a stand-in for the teacher: never are both in memory."""
+    student, new = open_student(lesson, source, device)
+    model = trainable(lesson, student, named_for(student, held_zeros(source, skeleton)), new)
+    answers = StandIn((lesson.length, min(lesson.top_k, student.config.get_text_config().vocab_size)))
+    data = _dataset(lesson, lesson.split.train, answers)
+    objective = _objective(lesson, source, None, dtype)
+    trainer = RecoveryTrainer(model=model, args=arguments, train_dataset=data, data_collator=stack, objective=objective)
+    found = _time_and_size(trainer, stack, data)
+    del trainer, model, student
+    gc.collect()
+    trim_memory()
+    return found
+
+
 def _teacher_cache(
     lesson: Lesson, device: torch.device, dtype: torch.dtype, processes: Processes, reporter: Reporter
 ) -> TeacherLogits | None:
@@ -142,20 +191,20 @@ def _teacher_cache(
 
     The first process makes them; the others read what it has made.
     """
-    if lesson.loss != "kd" or lesson.task != "language":
+    if not _is_cached(lesson):
         return None
     teacher = lesson.teacher
     assert teacher is not None
     assert lesson.windows is not None
     windows = lesson.windows[: len(lesson.split.train)]
-    key = cache_key(teacher.sha256 + teacher.config_sha256, windows, lesson.settings.top_k, dtype, device.type)
+    key = cache_key(teacher.sha256 + teacher.config_sha256, windows, lesson.top_k, dtype, device.type)
 
     def make() -> None:
         if cached_folder(key).is_dir():
             reporter.note("the teacher's logits for this text are in the cache")
             return
         model = load_model(teacher.source.folder, device=str(device), dtype=_name(dtype))
-        build_cache(key, model, windows, lesson.settings.top_k, dtype=dtype, reporter=reporter)
+        build_cache(key, model, windows, lesson.top_k, dtype=dtype, reporter=reporter)
         del model
         trim_memory()
 
@@ -174,7 +223,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _objective(lesson: Lesson, source: Source, live: Any, dtype: torch.dtype) -> Any:
     if lesson.task == "language":
-        return LanguageObjective(lesson.loss, dtype, live, lesson.settings.top_k)
+        return LanguageObjective(lesson.loss, dtype, live, lesson.top_k)
     if lesson.task == "labels":
         return LabelObjective(lesson.loss, dtype, live)
     return FeatureObjective(live, read_pooling(source.folder).kind, dtype)
@@ -184,83 +233,11 @@ def _checkpointing(mode: str, asked: str) -> bool:
     return asked == "on" or (asked == "auto" and mode in ("lora", "norms-and-biases"))
 
 
-def _dataset(lesson: Lesson, indices: Sequence[int], cache: TeacherLogits | None) -> Any:
+def _dataset(lesson: Lesson, indices: Sequence[int], cache: Answers | None) -> Any:
     if lesson.windows is not None:
         return Windows(lesson.windows, indices, cache)
     assert lesson.tokens is not None
     return Texts(lesson.tokens, lesson.labels, indices)
-
-
-def _budget(
-    lesson: Lesson, trainer: RecoveryTrainer, collate: Any, data: Any, ledger: Ledger | None, processes: Processes,
-    reporter: Reporter,
-) -> tuple[int, float | None, int]:  # fmt: skip
-    """Steps of the run, the measured seconds of one, and how often losses are noted, as the first process finds them.
-
-    It says what the run will cost. With FSDP there are no seconds: no process holds the whole model, and a step of a
-    part is none. Checkpoints are made where losses are noted, so this happens as often as checkpoints are wanted.
-    """
-
-    def decide() -> list[Any]:
-        assert ledger is not None
-        seconds = None
-        if not trainer.is_fsdp_enabled:
-            count = min(trainer.args.per_device_train_batch_size, len(data))
-            batch = collate([data[index] for index in range(count)])
-            seconds = time_of_step(trainer, batch, trainer.args.gradient_accumulation_steps)
-        steps = lesson.steps
-        noted = next((entry for entry in ledger.steps if "steps" in entry), None)
-        if noted is not None:
-            steps = noted["steps"]  # a resumed run must not measure itself another length
-        elif steps is None:
-            assert lesson.settings.minutes is not None
-            assert seconds is not None
-            steps = _steps_in(lesson.settings.minutes, seconds)
-        if noted is None:
-            noted = {"steps": steps, "logging_steps": _logging_steps(steps, seconds, lesson.settings.save_minutes)}
-            ledger.append(noted)
-        reporter.note(_told_cost(lesson, trainer.model, steps, seconds))
-        return [steps, seconds, noted.get("logging_steps", max(1, steps // 20))]
-
-    steps, seconds, logging = processes.on_first(decide)
-    return steps, seconds, logging
-
-
-def _logging_steps(steps: int, seconds: float | None, save_minutes: float) -> int:
-    """A twentieth of the run, but never longer than the time between two checkpoints."""
-    often = steps // 20 if seconds is None else min(steps // 20, int(60 * save_minutes / max(seconds, 1e-9)))
-    return max(1, often)
-
-
-def _steps_in(minutes: float, seconds: float) -> int:
-    """Steps that a budget in minutes allows.
-
-    Raises:
-        UsageError: when it allows none.
-    """
-    steps = int(60 * minutes / seconds)
-    if steps < 1:
-        raise UsageError(
-            f"--minutes {minutes:g} allows no step: one takes {seconds:.1f} s",
-            hint="give more minutes, or a smaller --batch-size or --sequence-length",
-        )
-    return steps
-
-
-def _told_cost(lesson: Lesson, model: Any, steps: int, seconds: float | None) -> str:
-    tokens = lesson.tokens_per_step
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    told = f"{steps} steps of {tokens:,} tokens"
-    if lesson.processes > 1:
-        told += f" in {lesson.processes} processes"
-    if seconds is not None:
-        each = 1000 * seconds / tokens
-        rate = f"{each:.1f}" if each >= 1 else f"{each:.2g}"
-        told += f": {rate} s per 1,000 tokens, about {duration(steps * seconds)} in all"
-        told += ", without the exchange between processes" if lesson.processes > 1 else ""
-    return (
-        f"{told}; {trained:,} parameters are trained, whose gradients and optimiser take {12 * trained / 1e6:,.0f} MB"
-    )
 
 
 def _assess(lesson: Lesson, model: Any, indices: Sequence[int], objective: Any) -> float | None:

@@ -52,9 +52,12 @@ def find_teacher(
     recorded = result.get("source") or {}
     name = settings.teacher or recorded.get("model")
     if not name:
+        why = "the model has no secateur.json beside it that names its source"
+        if recorded.get("kind") == "memory":
+            why = "the dense model was one in memory, so secateur.json can name no folder"
         raise UsageError(
-            "no teacher is known: the folder has no secateur.json that names its source",
-            hint="give the dense model with --teacher, or use --loss lm",
+            f"no teacher is known: {why}",
+            hint="save the dense model and name it with --teacher (teacher= in Python), or use --loss lm",
         )
     revision = recorded.get("revision") if settings.teacher is None and recorded.get("kind") == "hub" else None
     try:

@@ -1,0 +1,142 @@
+"""Watches what a disturbance of one matrix's output does to the inputs of the others, in one run of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.blocks import Block, MatrixSpec
+
+_ALL = torch.empty(0)
+"""Stands for all rows at all tokens."""
+
+
+class Observer:
+    """Runs a block with the output of one matrix disturbed, and says what that does to the inputs of the others."""
+
+    def __init__(self, block: Block, module: nn.Module, run: Callable[[], Any]) -> None:
+        self._module, self._run, self._prefix = module, run, f"{block.name}."
+        self.plain = {matrix.name: matrix for matrix in block.matrices if not matrix.experts}
+        self._inputs = self._watch([], None)
+        self.reached = [matrix for name, matrix in self.plain.items() if name in self._inputs]
+        # Producer -> consumer -> whether a disturbance of all rows arrives at other tokens, too.
+        self._spreads: dict[str, dict[str, bool]] = {}
+        for producer in self.reached:
+            now = self._watch([producer], torch.arange(producer.out_features))
+            arrives = {c.name: _changes(self._inputs[c.name], now.get(c.name)) for c in self.reached if c != producer}
+            self._spreads[producer.name] = {
+                name: int(found[0].sum()) > 1 for name, found in arrives.items() if found and bool(found[1].any())
+            }
+
+    def reaching(self, consumer: MatrixSpec) -> list[MatrixSpec]:
+        """The matrices whose output has some effect on a consumer's input."""
+        return [matrix for matrix in self.reached if consumer.name in self._spreads[matrix.name]]
+
+    def mixing(self, consumer: MatrixSpec) -> list[MatrixSpec]:
+        """Those of them that have it at other tokens: keys and values, and all that comes before an attention."""
+        return [matrix for matrix in self.reaching(consumer) if self._spreads[matrix.name][consumer.name]]
+
+    def feed_all_of(self, producers: Sequence[MatrixSpec], consumer: MatrixSpec) -> bool:
+        """Whether nothing of a consumer's input is left without them, and no other matrix has an effect around them.
+
+        Else they are a gate on something else, such as what an attention gives.
+        """
+        before = self._inputs[consumer.name]
+        left = self._watch(producers, None).get(consumer.name)
+        if left is None or bool((left - left[:1]).abs().amax() > 1e-6 * before.abs().amax()):
+            return False
+        others = [matrix for matrix in self.reaching(consumer) if matrix not in producers]
+        around = _changes(before, self._watch(others, _ALL, held=producers).get(consumer.name))
+        return around is None or not bool(around[1].any())  # None where a router sent other tokens
+
+    def changed(self, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec) -> tuple[Tensor, Tensor] | None:
+        """Tokens and columns of the consumer's input that a disturbance of these rows, at one token, changes.
+
+        Returns:
+            Two bool tensors, or None when the consumer was not reached in the same way.
+        """
+        return _changes(self._inputs[consumer.name], self._watch([producer], rows).get(consumer.name))
+
+    def _module_of(self, matrix: MatrixSpec) -> nn.Module:
+        return self._module.get_submodule(matrix.module.removeprefix(self._prefix))
+
+    def _outputs(self, matrices: Sequence[MatrixSpec]) -> dict[str, Tensor]:
+        """What these matrices give in an undisturbed run."""
+        outputs: dict[str, Tensor] = {}
+
+        def see(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                outputs[name] = output
+
+            return hook
+
+        handles = [self._module_of(matrix).register_forward_hook(see(matrix.name)) for matrix in matrices]
+        try:
+            self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return outputs
+
+    def _watch(
+        self, producers: Sequence[MatrixSpec], rows: Tensor | None, held: Sequence[MatrixSpec] = ()
+    ) -> dict[str, Tensor]:
+        """Inputs of all matrices when some rows of these outputs are disturbed at one token; all are zero for None.
+
+        Args:
+            held: matrices whose outputs are those of an undisturbed run.
+        """
+        kept = self._outputs(held) if held else {}
+        inputs: dict[str, Tensor] = {}
+        handles = []
+
+        def see(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+                if args and isinstance(args[0], Tensor):
+                    inputs[name] = args[0].detach().reshape(-1, args[0].shape[-1]).clone()
+
+            return hook
+
+        def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):  # a router, for example, that gives more than its product
+                return output
+            if rows is None:
+                return torch.zeros_like(output)
+            if rows is _ALL:
+                return output + 4 * output.abs().amax().clamp_min(1e-3)
+            if int(rows.max()) >= output.shape[-1]:  # a module that groups its outputs: rows are no columns of these
+                return output
+            changed = output.clone(memory_format=torch.contiguous_format)
+            flat = changed.view(-1, changed.shape[-1])
+            # Larger than the output itself, so that it gets through an activation that is flat around zero.
+            noise = 1 + torch.rand(len(rows), generator=torch.Generator().manual_seed(0))
+            flat[len(flat) // 2, rows] += 4 * noise * output.abs().amax().clamp_min(1e-3)
+            return changed
+
+        def hold(name: str) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                same = name in kept and kept[name].shape == output.shape  # a router may send other tokens here now
+                return kept[name] if same else output
+
+            return hook
+
+        for name, matrix in self.plain.items():
+            handles.append(self._module_of(matrix).register_forward_pre_hook(see(name)))
+        handles += [self._module_of(producer).register_forward_hook(disturb) for producer in producers]
+        handles += [self._module_of(matrix).register_forward_hook(hold(matrix.name)) for matrix in held]
+        try:
+            self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return inputs
+
+
+def _changes(before: Tensor, after: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    if after is None or before.shape != after.shape:
+        return None
+    different = (before - after).abs() > 1e-6 * before.abs().amax().clamp_min(1e-30)
+    return different.any(dim=1), different.any(dim=0)
