@@ -66,7 +66,9 @@ class Watcher(TorchFunctionMode):
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield value
+        # One inside a vmap stands for many: it has no storage of its own, and is gone when the function returns.
+        if not torch._C._functorch.is_functorch_wrapped_tensor(value):
+            yield value
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _tensors(item)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -84,6 +85,13 @@ class Structure:
     @property
     def matrices(self) -> list[MatrixSpec]:
         return [matrix for block in self.blocks for matrix in block.matrices]
+
+
+def signature(block: Block, model: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks that are built alike: the classes of their modules, and names and shapes of their tensors."""
+    module = model.get_submodule(block.name)
+    classes = tuple(type(part).__name__ for part in module.modules())
+    return classes, tuple((name, tuple(tensor.shape)) for name, tensor in module.state_dict(keep_vars=True).items())
 
 
 def find_structure(model: nn.Module) -> Structure:

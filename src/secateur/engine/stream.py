@@ -77,7 +77,8 @@ class BlockStream:
     """What the reporter is told that is going on."""
 
     def __post_init__(self) -> None:
-        self._outside: dict[str, None] = {}
+        self._outside: dict[str, torch.Tensor | None] = {}
+        """Loaded weights outside the blocks; of those that the class computes, what stood there before."""
         self._outside_dtype = self.compute_dtype
         self._written: set[str] = set()
         self.result_binding = self.binding
@@ -313,6 +314,12 @@ class BlockStream:
         module = self.model.get_submodule(module_name)
         names = [f"{module_name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
         wanted = [name for name in names if name not in self._outside]
+        for name in [name for name in wanted if not self.binding.bound(name)]:
+            made = self.model.get_parameter(name)
+            if not made.is_meta:  # the class computes it, no file holds it
+                wanted.remove(name)
+                self._outside[name] = made
+                set_tensor(self.model, name, made.to(self.device, self._outside_dtype))
         loaded = self.binding.load(wanted, self.source)
         for name in wanted:
             tensor = loaded.pop(name)  # one copy at a time: these are the largest tensors of a model
@@ -323,8 +330,11 @@ class BlockStream:
     def _release_outside(self, *, last: bool = False) -> None:
         if self.binding.resident and not last:
             return
-        for name in self._outside:
-            drop_tensor(self.model, name)
+        for name, made in self._outside.items():
+            if made is None:
+                drop_tensor(self.model, name)
+            else:
+                set_tensor(self.model, name, made.data)
         self._outside.clear()
 
     # --- forwards ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import nn
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
-from secateur.engine.blocks import Block, Structure
+from secateur.engine.blocks import Block, Structure, signature
 from secateur.engine.capture import AtBlock
 from secateur.engine.forward import NoSink, probe_inputs
 from secateur.engine.plan import Plan
@@ -52,13 +52,6 @@ class RandomTensors:
     def dtype(self, key: str) -> torch.dtype:
         dtype = self._reader.info(key).dtype
         return torch.float32 if dtype.is_floating_point else dtype
-
-
-def signature(block: Block, model: nn.Module) -> tuple[Any, ...]:
-    """Equal for blocks that are built alike: the classes of their modules, and names and shapes of their tensors."""
-    module = model.get_submodule(block.name)
-    classes = tuple(type(part).__name__ for part in module.modules())
-    return classes, tuple((name, tuple(tensor.shape)) for name, tensor in module.state_dict(keep_vars=True).items())
 
 
 def visit_blocks(
