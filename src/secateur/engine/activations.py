@@ -39,6 +39,7 @@ class Watcher(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        _refuse_absent(func, (args, kwargs), result)
         made = [tensor for tensor in _tensors(result) if id(tensor) not in self._seen]
         if made:
             foreign = {_address(tensor) for tensor in _tensors((args, kwargs)) if id(tensor) not in self._seen}
@@ -62,6 +63,18 @@ class Watcher(TorchFunctionMode):
                 if storage.nbytes() >= MINIMUM_BYTES and storage.resizable():
                     found[storage.data_ptr()] = storage
         return found
+
+
+_SHAPE_ONLY = {"expand_as", "view_as", "reshape_as"}
+
+
+def _refuse_absent(func: Callable[..., Any], given: Any, result: Any) -> None:
+    """Refuse a product with a tensor on the meta device: torch gives arbitrary memory for it, without a word."""
+    name = getattr(func, "__name__", "")
+    absent = [tensor.is_meta for tensor in _tensors(given)]
+    mixed = any(absent) and not all(absent) and name not in _SHAPE_ONLY
+    if mixed and any(not tensor.is_meta for tensor in _tensors(result)):
+        raise RuntimeError(f"{name} was given a tensor on the meta device: a weight that is not loaded")
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -54,7 +54,7 @@ def _compute_constants(model: transformers.PreTrainedModel) -> None:
 
     Only those that the class computes to the same numbers each time: others are weights that are missing.
     """
-    patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(getattr(model, "_keys_to_ignore_on_save", None) or ())]
+    patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     for name, parameter in list(model.named_parameters()):
         if not any(re.search(pattern, name) for pattern in patterns) or name in tied_names(model):
             continue
@@ -126,10 +126,13 @@ def drop_tensor(model: nn.Module, name: str) -> None:
 
 def buffers_to(model: nn.Module, device: torch.device) -> None:
     """Move the buffers that are really there (rotary frequencies, position ids) to a device."""
-    for module in model.modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                module._buffers[leaf] = buffer.to(device)
+    for name, buffer in real_buffers(model).items():
+        set_tensor(model, name, buffer.to(device))
+
+
+def real_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are really there, by name."""
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta}
 
 
 def declare_dtype(model: nn.Module, dtype: torch.dtype) -> None:

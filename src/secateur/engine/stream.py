@@ -17,7 +17,7 @@ from secateur.engine.capture import AtBlock, AtMatrix, BlockLane, Capture, Exper
 from secateur.engine.device import trim_memory
 from secateur.engine.inputs import output_tensor
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor, set_tensor
+from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor, real_buffers, set_tensor
 from secateur.engine.solver import Solver
 from secateur.errors import UnsupportedModelError
 from secateur.plugins import Method, sees_dense_block
@@ -81,6 +81,8 @@ class BlockStream:
         """Loaded weights outside the blocks; of those that the class computes, what stood there before."""
         self._outside_dtype = self.compute_dtype
         self._written: set[str] = set()
+        self._buffers: dict[str, torch.Tensor] = {}
+        """Those that no file holds."""
         self.result_binding = self.binding
         """Keys of the result and the tensors they make; another one where the result is another model."""
 
@@ -139,6 +141,7 @@ class BlockStream:
                 declare_dtype(self.model, self.compute_dtype)
                 self._load_buffers()
                 buffers_to(self.model, self.device)
+                self._buffers = {n: b for n, b in real_buffers(self.model).items() if not self.binding.bound(n)}
                 for lane in lanes:
                     self._advance(lane)
                 self._release_outside()
@@ -147,6 +150,7 @@ class BlockStream:
             for lane in lanes:
                 lane.stop()
             self._release_outside(last=True)
+            self._restore_buffers()
             self.store.close()
 
     @contextmanager
@@ -305,9 +309,14 @@ class BlockStream:
         for name, tensor in self.binding.load(names, self.source).items():
             set_tensor(self.model, name, self._placed(name, tensor, torch.float32))
         if self.binding.resident:
-            for name, _ in self.model.named_parameters():
+            for name, _ in self.model.named_parameters(remove_duplicate=False):  # tied ones are two places to fill
                 if name not in inside and self.binding.bound(name):
                     self._load_outside(name.rpartition(".")[0])
+
+    def _restore_buffers(self) -> None:
+        """Put back buffers that the model replaced: some cast a table of positions to the format that runs."""
+        for name, buffer in self._buffers.items():
+            set_tensor(self.model, name, buffer)
 
     def _load_outside(self, module_name: str) -> None:
         """A module outside the blocks is about to run: embedding, final norm, head."""
@@ -358,6 +367,7 @@ class BlockStream:
 
     def _advance_probe(self, prober: Lane) -> None:
         self._outside_dtype = torch.float32
+        self._restore_buffers()
         declare_dtype(self.model, torch.float32)
         prober.advance()
         self._release_outside()
