@@ -122,7 +122,11 @@ def plan_shape(
             reporter.note(f"the calibration data does not reach {row}: its blocks stay")
 
         def without(fixed: Sequence[int]) -> DepthPlan:
-            gone = _choose_blocks(recipe, source, model, counts, fixed, calibration(), device, compute, reporter)
+            free = [b.index for b in model.structure.blocks if counts.get(b.row) and b.index not in fixed]
+            forced = len(free) == sum(counts.values())  # nothing to choose
+            gone = free if forced else _choose_blocks(
+                recipe, source, model, counts, fixed, calibration(), device, compute, reporter
+            )  # fmt: skip
             return without_blocks(config, model.skeleton, model.structure, model.binding, model.reader, gone)
 
         try:
