@@ -39,6 +39,7 @@ class Watcher(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        _refuse_absent(func, (args, kwargs), result)
         made = [tensor for tensor in _tensors(result) if id(tensor) not in self._seen]
         if made:
             foreign = {_address(tensor) for tensor in _tensors((args, kwargs)) if id(tensor) not in self._seen}
@@ -64,9 +65,23 @@ class Watcher(TorchFunctionMode):
         return found
 
 
+_SHAPE_ONLY = {"expand_as", "view_as", "reshape_as"}
+
+
+def _refuse_absent(func: Callable[..., Any], given: Any, result: Any) -> None:
+    """Refuse a product with a tensor on the meta device: torch gives arbitrary memory for it, without a word."""
+    name = getattr(func, "__name__", "")
+    absent = [tensor.is_meta for tensor in _tensors(given)]
+    mixed = any(absent) and not all(absent) and name not in _SHAPE_ONLY
+    if mixed and any(not tensor.is_meta for tensor in _tensors(result)):
+        raise RuntimeError(f"{name} was given a tensor on the meta device: a weight that is not loaded")
+
+
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield value
+        # One inside a vmap stands for many: it has no storage of its own, and is gone when the function returns.
+        if not torch._C._functorch.is_functorch_wrapped_tensor(value):
+            yield value
     elif isinstance(value, tuple | list):
         for item in value:
             yield from _tensors(item)

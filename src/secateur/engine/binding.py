@@ -88,7 +88,10 @@ class Binding:
             unit.renamed.append(apply_renamings(key, renamings))
         self._alias_tied(state)
         buffers = {name for name, _ in model.named_buffers()}
-        self.missing = [name for name in state if name not in self._by_name and name not in buffers]
+        self.missing = [
+            name for name, tensor in state.items()
+            if name not in self._by_name and name not in buffers and tensor.is_meta  # else the class computes it
+        ]  # fmt: skip
 
     def _alias_tied(self, state: dict[str, torch.Tensor]) -> None:
         ties = tied_names(self._model)

@@ -1,14 +1,16 @@
 """Blocks and prunable matrices, found by structure: no list of model names.
 
 A model is an embedding, one or more rows of repeated blocks, and a head. transformers marks the blocks by the class
-`GradientCheckpointingLayer`; where nothing is marked, the longest module list of one class is taken. Any Linear, Conv1D
-or fused 3-D expert tensor inside a block is a prunable matrix, seen as (out_features, in_features).
+`GradientCheckpointingLayer`; where nothing is marked, the longest module list of one class is taken, and the lists
+beside it. What is a stage of several blocks, as the config's list of their numbers says, is taken apart. Any Linear,
+Conv1D or fused 3-D expert tensor inside a block is a prunable matrix, seen as (out_features, in_features).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -86,13 +88,20 @@ class Structure:
         return [matrix for block in self.blocks for matrix in block.matrices]
 
 
+def signature(block: Block, model: nn.Module) -> tuple[Any, ...]:
+    """Equal for blocks that are built alike: the classes of their modules, and names and shapes of their tensors."""
+    module = model.get_submodule(block.name)
+    classes = tuple(type(part).__name__ for part in module.modules())
+    return classes, tuple((name, tuple(tensor.shape)) for name, tensor in module.state_dict(keep_vars=True).items())
+
+
 def find_structure(model: nn.Module) -> Structure:
     """Find blocks and matrices.
 
     Raises:
         UnsupportedModelError: when the model has no repeated blocks.
     """
-    names = _block_names(model)
+    names = _inside_stages(model, _block_names(model))
     if not names:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no repeated blocks",
@@ -148,16 +157,61 @@ def _block_names(model: nn.Module) -> list[str]:
         longest = max(rows, key=lambda row: len(row[1]))[1]
     kind = type(longest[0])
     nested = {id(part) for _, row in rows for child in row if type(child) is kind for part in child.modules()}
-    return [
-        f"{name}.{index}" for name, row in rows if type(row[0]) is kind and id(row) not in nested
-        for index in range(len(row))
-    ]  # fmt: skip
+    chosen = {name: row for name, row in rows if type(row[0]) is kind and id(row) not in nested}
+    for name, row in rows:  # such as a decoder of another class, or feed-forward networks beside the attentions
+        own = type(row[0]).__module__.startswith("torch.nn") or isinstance(row[0], nn.ModuleList)
+        if not own and all(_apart(name, other) for other in chosen):
+            chosen[name] = row
+    return _in_turn(chosen)
+
+
+def _apart(one: str, other: str) -> bool:
+    return one != other and not one.startswith(other + ".") and not other.startswith(one + ".")
+
+
+def _in_turn(rows: Mapping[str, nn.ModuleList]) -> list[str]:
+    """Paths of all blocks. Lists side by side, of one length but of other classes, run in turn: an entry of each."""
+    together: list[list[str]] = []
+    for name, row in rows.items():
+        for others in together:
+            first = rows[others[0]]
+            beside = name.rpartition(".")[0] == others[0].rpartition(".")[0]
+            if beside and len(row) == len(first) and type(row[0]) not in {type(rows[other][0]) for other in others}:
+                others.append(name)
+                break
+        else:
+            together.append([name])
+    return [f"{name}.{index}" for names in together for index in range(len(rows[names[0]])) for name in names]
+
+
+def _inside_stages(model: nn.Module, names: list[str]) -> list[str]:
+    """The blocks inside, where these are stages: each holds one list, and the config has a list of these lengths."""
+    if not isinstance(model, PreTrainedModel) or not names:
+        return names
+    stages = [dict(model.get_submodule(name).named_children()) for name in names]
+    for leaf, first in stages[0].items():
+        lists = [stage.get(leaf) for stage in stages]
+        if isinstance(first, nn.ModuleList) and all(isinstance(part, nn.ModuleList) for part in lists):
+            counts = [len(part) for part in lists if isinstance(part, nn.ModuleList)]
+            if counts in _depths(model.config.to_dict()):
+                return [f"{name}.{leaf}.{i}" for name, count in zip(names, counts, strict=True) for i in range(count)]
+    return names
+
+
+def _depths(config: Any) -> Iterator[list[int]]:
+    """Lists in a config, and in the configs in it, that say how many blocks the stages have."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _depths(value)
+        elif isinstance(value, list | tuple) and key.endswith(("depths", "layers", "blocks", "block_sizes")):
+            yield list(value)
 
 
 def _matrices_of(module: nn.Module, path: str) -> list[tuple[MatrixSpec, str]]:
     """The matrices a module itself owns, each with a reason when it cannot be pruned."""
-    if isinstance(module, nn.Linear):
-        return [(MatrixSpec(f"{path}.weight", path, module.out_features, module.in_features), "")]
+    if isinstance(module, nn.Linear) or _like_linear(module):
+        sizes: Any = module
+        return [(MatrixSpec(f"{path}.weight", path, sizes.out_features, sizes.in_features), "")]
     if isinstance(module, Conv1D):
         in_features, out_features = module.weight.shape
         return [(MatrixSpec(f"{path}.weight", path, out_features, in_features, transposed=True), "")]
@@ -175,6 +229,13 @@ def _matrices_of(module: nn.Module, path: str) -> list[tuple[MatrixSpec, str]]:
             spec = MatrixSpec(f"{path}.{leaf}", path, out_features, in_features, transposed, experts)
             found.append((spec, ""))
     return found
+
+
+def _like_linear(module: nn.Module) -> bool:
+    """Whether a class of its own has the weight of a Linear and calls its sizes the same."""
+    weight = module._parameters.get("weight")
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return weight is not None and weight.ndim == 2 and tuple(weight.shape) == sizes
 
 
 def _root(name: str, ties: dict[str, str]) -> str:

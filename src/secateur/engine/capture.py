@@ -8,6 +8,7 @@ passes masks, positions or caches around.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.overrides
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
+from transformers.cache_utils import Cache
 
 from secateur.engine.activations import Watcher
 from secateur.engine.blocks import Block, MatrixSpec
@@ -66,6 +68,8 @@ class Lane(greenlet):
         """Arguments of the block at whose entry the forward stands."""
         self.skip: frozenset[int] = frozenset()
         """Blocks that hand on what they get."""
+        self.met: set[tuple[str, int]] = set()
+        """Matrices and experts whose inputs were counted on this way."""
         self.keep_output = False
         self.output: Any = None
         """What the latest block gave, when ``keep_output`` is set."""
@@ -105,8 +109,7 @@ class BlockLane(Lane):
     def __init__(self, module: nn.Module, lane: Lane) -> None:
         super().__init__(module, {}, observed=True, blocks=0)
         assert lane.call is not None
-        with torch._C.DisableTorchFunction():  # copies, should the block work in place
-            self._args, self._kwargs = _copied(lane.call[0]), _copied(lane.call[1])
+        self._args, self._kwargs = copied_call(*lane.call)
 
     def _forward(self) -> Finished:
         self._model(*self._args, **self._kwargs)
@@ -116,7 +119,15 @@ class BlockLane(Lane):
         return True
 
 
+def copied_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments for one more run of a block: it may work in place, or add to a cache that the model made itself."""
+    with torch._C.DisableTorchFunction():
+        return _copied(args), _copied(kwargs)
+
+
 def _copied(value: Any) -> Any:
+    if isinstance(value, Cache):
+        return copy.deepcopy(value)
     if isinstance(value, torch.Tensor):
         return value.clone() if value.is_floating_point() else value
     if isinstance(value, tuple | list):

@@ -14,7 +14,7 @@ import transformers
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader
-from secateur.engine.blocks import Structure, find_structure
+from secateur.engine.blocks import Structure, find_structure, signature
 from secateur.engine.capture import AtBlock, Finished
 from secateur.engine.device import activation_limit
 from secateur.engine.inputs import inputs_of_window, output_tensor
@@ -162,6 +162,17 @@ class _Forwards(BlockStream):
                                 lane.event = None
         return [taken[index] for index in range(len(lanes))]
 
+    def every_build(self, batch: Mapping[str, torch.Tensor]) -> None:
+        """Run a batch until it has been through a block of every build."""
+        lane = self._lane(batch, observed=True)
+        left = {signature(block, self.model) for block in self.structure.blocks}
+        with self._started([lane]):
+            while left and isinstance(lane.event, AtBlock):
+                block = self.structure.blocks[lane.event.index]
+                left.discard(signature(block, self.model))
+                with self._loaded(block):
+                    self._pass(lane)
+
 
 def rehearse(
     model: transformers.PreTrainedModel, structure: Structure, binding: Binding, reader: CheckpointReader
@@ -187,16 +198,22 @@ def rehearse(
 
 def runs_in(
     dtype: torch.dtype, model: transformers.PreTrainedModel, structure: Structure, binding: Binding,
-    reader: CheckpointReader,
+    reader: CheckpointReader, sample: Mapping[str, torch.Tensor] | None = None,
 ) -> bool:  # fmt: skip
-    """Whether a rehearsed model also runs in a narrower number format: some mix it with numbers of their own."""
+    """Whether a rehearsed model also runs in a narrower number format: some mix it with numbers of their own.
+
+    Args:
+        sample: a batch that is to run; blocks of every build are tried on it, as some go another way with a long one.
+    """
     source = _Zeros(reader)
     store = ActivationStore(None, Path(tempfile.gettempdir()))
-    stream = BlockStream(
+    stream = _Forwards(
         model, structure, binding, source, NoSink(source), make_method("magnitude"), Plan(), store, compute_dtype=dtype
     )
     try:
         stream.run([probe_inputs(model, tokens=8)])
+        if sample is not None:
+            stream.every_build(sample)
     except RuntimeError as error:
         if "dtype" not in str(error) and "scalar type" not in str(error):
             raise

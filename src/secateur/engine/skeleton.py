@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ def skeleton_of(config: transformers.PreTrainedConfig) -> transformers.PreTraine
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model: transformers.PreTrainedModel = cls._from_config(config, dtype=torch.float32)
     model.tie_weights(recompute_mapping=False)
+    _compute_constants(model)
     # Nothing is generated here, and a KV cache would only hold memory; experts must run one by one to be observed.
     for part in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
         if getattr(part, "use_cache", False):
@@ -44,6 +47,29 @@ def skeleton_of(config: transformers.PreTrainedConfig) -> transformers.PreTraine
         if hasattr(part, "_experts_implementation"):
             part._experts_implementation = "eager"
     return model.eval()
+
+
+def _compute_constants(model: transformers.PreTrainedModel) -> None:
+    """Make the parameters that a class says no file need hold, such as sinusoids that are never trained.
+
+    Only those that the class computes to the same numbers each time: others are weights that are missing.
+    """
+    patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
+    for name, parameter in list(model.named_parameters()):
+        if not any(re.search(pattern, name) for pattern in patterns) or name in tied_names(model):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        made = []
+        for seed in (0, 1):
+            module = copy.deepcopy(model.get_submodule(owner)).to_empty(device="cpu")
+            for tensor in module.parameters(recurse=False):
+                tensor.data.fill_(torch.nan)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model._init_weights(module)
+            made.append(getattr(module, leaf).detach())
+        if made[0].shape == parameter.shape and torch.equal(*made):  # NaN where it was not made equals nothing
+            set_tensor(model, name, made[0])
 
 
 def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:
@@ -100,10 +126,13 @@ def drop_tensor(model: nn.Module, name: str) -> None:
 
 def buffers_to(model: nn.Module, device: torch.device) -> None:
     """Move the buffers that are really there (rotary frequencies, position ids) to a device."""
-    for module in model.modules():
-        for leaf, buffer in module._buffers.items():
-            if buffer is not None and buffer.device.type != "meta":
-                module._buffers[leaf] = buffer.to(device)
+    for name, buffer in real_buffers(model).items():
+        set_tensor(model, name, buffer.to(device))
+
+
+def real_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are really there, by name."""
+    return {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False) if not buffer.is_meta}
 
 
 def declare_dtype(model: nn.Module, dtype: torch.dtype) -> None:

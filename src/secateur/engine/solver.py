@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -66,8 +67,13 @@ class Solver:
                 statistics.update(event.input)
             except CalibrationError as error:
                 raise CalibrationError(f"{error.message} at the input of {event.name}", hint=error.hint) from None
+        elif not same and key in lane.met:  # used once more, on something else: from now on it has its own
+            statistics = self._statistics[key] = copy.deepcopy(statistics)
+            self._shared.discard(key)
+            statistics.update(event.input)
         elif not same:
             raise RuntimeError(f"the forwards do not agree on what {event.name} shares its input with")
+        lane.met.add(key)
         lane.last_input = (event.input, version, statistics)
 
     def solve(self, name: str, expert: int, *, seen_only: bool = False) -> None:

@@ -17,7 +17,7 @@ from secateur.engine.capture import AtBlock, AtMatrix, BlockLane, Capture, Exper
 from secateur.engine.device import trim_memory
 from secateur.engine.inputs import output_tensor
 from secateur.engine.plan import Plan
-from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor, set_tensor
+from secateur.engine.skeleton import buffers_to, declare_dtype, drop_tensor, real_buffers, set_tensor
 from secateur.engine.solver import Solver
 from secateur.errors import UnsupportedModelError
 from secateur.plugins import Method, sees_dense_block
@@ -77,9 +77,12 @@ class BlockStream:
     """What the reporter is told that is going on."""
 
     def __post_init__(self) -> None:
-        self._outside: dict[str, None] = {}
+        self._outside: dict[str, torch.Tensor | None] = {}
+        """Loaded weights outside the blocks; of those that the class computes, what stood there before."""
         self._outside_dtype = self.compute_dtype
         self._written: set[str] = set()
+        self._buffers: dict[str, torch.Tensor] = {}
+        """Those that no file holds."""
         self.result_binding = self.binding
         """Keys of the result and the tensors they make; another one where the result is another model."""
 
@@ -138,6 +141,7 @@ class BlockStream:
                 declare_dtype(self.model, self.compute_dtype)
                 self._load_buffers()
                 buffers_to(self.model, self.device)
+                self._buffers = {n: b for n, b in real_buffers(self.model).items() if not self.binding.bound(n)}
                 for lane in lanes:
                     self._advance(lane)
                 self._release_outside()
@@ -146,6 +150,7 @@ class BlockStream:
             for lane in lanes:
                 lane.stop()
             self._release_outside(last=True)
+            self._restore_buffers()
             self.store.close()
 
     @contextmanager
@@ -304,15 +309,26 @@ class BlockStream:
         for name, tensor in self.binding.load(names, self.source).items():
             set_tensor(self.model, name, self._placed(name, tensor, torch.float32))
         if self.binding.resident:
-            for name, _ in self.model.named_parameters():
+            for name, _ in self.model.named_parameters(remove_duplicate=False):  # tied ones are two places to fill
                 if name not in inside and self.binding.bound(name):
                     self._load_outside(name.rpartition(".")[0])
+
+    def _restore_buffers(self) -> None:
+        """Put back buffers that the model replaced: some cast a table of positions to the format that runs."""
+        for name, buffer in self._buffers.items():
+            set_tensor(self.model, name, buffer)
 
     def _load_outside(self, module_name: str) -> None:
         """A module outside the blocks is about to run: embedding, final norm, head."""
         module = self.model.get_submodule(module_name)
         names = [f"{module_name}.{leaf}".lstrip(".") for leaf, _ in module.named_parameters(recurse=False)]
         wanted = [name for name in names if name not in self._outside]
+        for name in [name for name in wanted if not self.binding.bound(name)]:
+            made = self.model.get_parameter(name)
+            if not made.is_meta:  # the class computes it, no file holds it
+                wanted.remove(name)
+                self._outside[name] = made
+                set_tensor(self.model, name, made.to(self.device, self._outside_dtype))
         loaded = self.binding.load(wanted, self.source)
         for name in wanted:
             tensor = loaded.pop(name)  # one copy at a time: these are the largest tensors of a model
@@ -323,8 +339,11 @@ class BlockStream:
     def _release_outside(self, *, last: bool = False) -> None:
         if self.binding.resident and not last:
             return
-        for name in self._outside:
-            drop_tensor(self.model, name)
+        for name, made in self._outside.items():
+            if made is None:
+                drop_tensor(self.model, name)
+            else:
+                set_tensor(self.model, name, made.data)
         self._outside.clear()
 
     # --- forwards ------------------------------------------------------------------------------------------------
@@ -348,6 +367,7 @@ class BlockStream:
 
     def _advance_probe(self, prober: Lane) -> None:
         self._outside_dtype = torch.float32
+        self._restore_buffers()
         declare_dtype(self.model, torch.float32)
         prober.advance()
         self._release_outside()

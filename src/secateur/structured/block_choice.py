@@ -74,7 +74,8 @@ class StateStream(BlockStream):
         for lane in lanes:
             lane.keep_output = True
         with self._started(lanes):
-            for block in self.structure.blocks:
+            while waiting := {lane.event.index for lane in lanes if isinstance(lane.event, AtBlock)}:
+                block = self.structure.blocks[min(waiting)]
                 with self._loaded(block):
                     for lane in lanes:
                         if lane.event == AtBlock(block.index):

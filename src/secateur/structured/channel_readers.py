@@ -19,13 +19,13 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.binding import Binding
-from secateur.engine.blocks import Block, Structure
+from secateur.engine.blocks import Block, Structure, signature
 from secateur.engine.capture import Lane, first_states
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import tied_names
 from secateur.errors import UnsupportedModelError
 from secateur.structured.channels import Channels, Group, Reader
-from secateur.structured.explore import Call, signature, visit_blocks
+from secateur.structured.explore import Call, visit_blocks
 from secateur.structured.proof import TOLERANCE
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,18 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.view import CheckpointView
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
-from secateur.engine.blocks import Structure, find_structure
+from secateur.engine.blocks import Structure, find_structure, signature
 from secateur.engine.forward import NoSink, forward_outputs, probe_inputs
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
-from secateur.structured.entries import changed
-from secateur.structured.explore import RandomTensors, signature
-from secateur.structured.fewer import Row, fewer_blocks
+from secateur.structured.entries import changed, entries_of
+from secateur.structured.explore import RandomTensors
+from secateur.structured.fewer import Row, fewer_blocks, for_every_block
 from secateur.structured.proof import TOLERANCE
+
+_LARGEST = 1e4
+"""An output on random weights above which they are made smaller: what differs would drown in rounding."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,38 @@ def block_count(structure: Structure, share: float) -> int:
     return sum(row_counts(structure, share).values())
 
 
-def unlike_others(model: nn.Module, structure: Structure) -> list[int]:
-    """Numbers of blocks that are the only ones of their build in their row: the config may count on their place."""
-    builds = [(block.row, signature(block, model)) for block in structure.blocks]
+def other_choices(
+    config: Any, model: nn.Module, structure: Structure, counts: Mapping[str, int]
+) -> Iterator[tuple[str, list[int]]]:
+    """Where any blocks may not go: which of them might, in words, and the numbers of those that stay then.
+
+    The config may count on the place of a block, or name the number after which something changes.
+
+    Args:
+        counts: by row, how many go.
+    """
+    in_row: dict[str, list[int]] = {}
+    for block in structure.blocks:
+        in_row.setdefault(block.row, []).append(block.index)
+    said: dict[int, list[str]] = {}
+    for path, value in entries_of(config):
+        for numbers in in_row.values():
+            if for_every_block(path[-1], value, [len(numbers)]):
+                for number, one in zip(numbers, value, strict=True):
+                    said.setdefault(number, []).append(repr(one))
+    builds = [(block.row, signature(block, model), tuple(said.get(block.index, ()))) for block in structure.blocks]
     often = Counter(builds)
-    return [block.index for block, build in zip(structure.blocks, builds, strict=True) if often[build] == 1]
+    alone = [block.index for block, build in zip(structure.blocks, builds, strict=True) if often[build] == 1]
+    tried: list[list[int]] = [[]]
+    for words, fixed in (
+        ("blocks that are the only ones of their build stay", alone),
+        ("only the last blocks go, so that all others keep their numbers",
+         [i for row, numbers in in_row.items() for i in numbers[: len(numbers) - counts.get(row, 0)]]),
+        ("only the first blocks go", [i for row, numbers in in_row.items() for i in numbers[counts.get(row, 0) :]]),
+    ):  # fmt: skip
+        if fixed not in tried:
+            tried.append(fixed)
+            yield words, fixed
 
 
 def without_blocks(
@@ -106,11 +135,18 @@ def without_blocks(
     """
     total = len(structure.blocks)
     kept = [index for index in range(total) if index not in set(gone)]
-    rows = [Row(list(group), set(gone)) for _, group in groupby(range(total), lambda i: structure.blocks[i].row)]
+    of_row: dict[str, list[int]] = {}
+    for block in structure.blocks:
+        of_row.setdefault(block.row, []).append(block.index)
+    rows = [Row(numbers, set(gone)) for numbers in of_row.values()]
     origin = _renumbered(structure, binding, reader, kept)
     probe = probe_inputs(model, tokens=12)
+    scale = 1.0
     try:
         expected = _answer(model, structure, binding, RandomTensors(reader), probe, frozenset(gone))
+        if not expected.abs().max() < _LARGEST:  # nor when it is not a number
+            scale = 0.25
+            expected = _answer(model, structure, binding, RandomTensors(reader, scale=scale), probe, frozenset(gone))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError, KeyError) as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run without these blocks: {(str(error).splitlines() or ['?'])[0]}",
@@ -125,7 +161,7 @@ def without_blocks(
             own.resident = binding.resident
             if len(small.blocks) != len(kept) or own.missing or len(own.unbound) > len(binding.unbound):
                 continue
-            found = _answer(skeleton, small, own, RandomTensors(view, origin), probe, frozenset())
+            found = _answer(skeleton, small, own, RandomTensors(view, origin, scale), probe, frozenset())
         except Exception:  # noqa: BLE001 - a config may refuse values in any way; then it was not these entries
             continue
         if found.shape != expected.shape:

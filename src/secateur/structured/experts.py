@@ -19,6 +19,7 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.view import CheckpointView
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Block, Structure, find_structure
+from secateur.engine.capture import copied_call
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import set_tensor
 from secateur.errors import SparsityError, UnsupportedModelError
@@ -221,7 +222,7 @@ def understand(block: Block, model: nn.Module, pool: Pool, call: Call) -> None:
     Raises:
         UnsupportedModelError: when it is not known what one expert adds.
     """
-    args, kwargs = call
+    args, kwargs = copied_call(*call)
     differences: list[float | None] = []
     module = model.get_submodule(pool.module)
 
@@ -263,7 +264,7 @@ def prove_experts(
     Raises:
         UnsupportedModelError: when the smaller block cannot be run, or computes something else.
     """
-    args, kwargs = call
+    args, kwargs = copied_call(*call)
     gone = torch.ones(pool.experts, dtype=torch.bool)
     gone[kept] = False
     numbers = gone.nonzero().squeeze(1)
@@ -282,6 +283,7 @@ def prove_experts(
         with torch.no_grad():
             with WithoutExperts(routers, numbers):
                 expected = output_tensor(whole.get_submodule(block.name)(*args, **kwargs)).float()
+            args, kwargs = copied_call(*call)
             found = output_tensor(small.get_submodule(block.name)(*args, **kwargs)).float()
     except (RuntimeError, ValueError, IndexError) as error:
         raise UnsupportedModelError(

@@ -15,7 +15,7 @@ from torch import nn
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
-from secateur.engine.blocks import Block, Structure
+from secateur.engine.blocks import Block, Structure, signature
 from secateur.engine.capture import AtBlock
 from secateur.engine.forward import NoSink, probe_inputs
 from secateur.engine.plan import Plan
@@ -33,11 +33,13 @@ class RandomTensors:
 
     Args:
         origin: name by which a key draws its numbers; the key itself where it is not named.
+        scale: of matrices, smaller where a model without norms would overflow.
     """
 
-    def __init__(self, reader: CheckpointReader, origin: Mapping[str, str] | None = None) -> None:
+    def __init__(self, reader: CheckpointReader, origin: Mapping[str, str] | None = None, scale: float = 1.0) -> None:
         self._reader = reader
         self._origin = origin or {}
+        self._scale = scale
 
     def tensor(self, key: str) -> torch.Tensor:
         info = self._reader.info(key)
@@ -46,19 +48,13 @@ class RandomTensors:
         seed = int.from_bytes(hashlib.sha256(self._origin.get(key, key).encode()).digest()[:7], "big")
         made = torch.randn(info.shape, generator=torch.Generator().manual_seed(seed))
         if len(info.shape) < 2:
-            return made.mul_(0.1).add_(1.0)  # norms near one; a bias of one does no harm
-        return made.mul_(info.shape[-1] ** -0.5)
+            # Norms near one; biases near zero, as anything larger would drown what differs between tokens.
+            return made.mul_(0.1).add_(0.0 if "bias" in key.rpartition(".")[2] else 1.0)
+        return made.mul_(self._scale * info.shape[-1] ** -0.5)
 
     def dtype(self, key: str) -> torch.dtype:
         dtype = self._reader.info(key).dtype
         return torch.float32 if dtype.is_floating_point else dtype
-
-
-def signature(block: Block, model: nn.Module) -> tuple[Any, ...]:
-    """Equal for blocks that are built alike: the classes of their modules, and names and shapes of their tensors."""
-    module = model.get_submodule(block.name)
-    classes = tuple(type(part).__name__ for part in module.modules())
-    return classes, tuple((name, tuple(tensor.shape)) for name, tensor in module.state_dict(keep_vars=True).items())
 
 
 def visit_blocks(

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.binding import Binding
-from secateur.engine.blocks import Block, Structure
+from secateur.engine.blocks import Block, Structure, signature
+from secateur.engine.capture import copied_call
 from secateur.errors import SparsityError, UnsupportedModelError
 from secateur.structured.configure import Shrunk, noun, shapes_of, shrink
 from secateur.structured.couplings import Coupling, Kind, find_couplings
 from secateur.structured.expert_neurons import find_expert_neurons
-from secateur.structured.explore import Call, signature, visit_blocks
+from secateur.structured.explore import Call, visit_blocks
 from secateur.structured.proof import prove, spread_units
 from secateur.structured.stream import Job
 
@@ -61,9 +62,8 @@ def couplings_of_blocks(
     seen: dict[object, tuple[Block, list[Coupling]]] = {}
 
     def visit(block: Block, module: nn.Module, call: Call, tensors: dict[str, Tensor]) -> None:
-        args, kwargs = call
-
         def run() -> Any:
+            args, kwargs = copied_call(*call)
             return module(*args, **kwargs)
 
         found = find_couplings(block, module, run, tensors, model.config)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.blocks import Block
+from secateur.engine.capture import copied_call
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import set_tensor
 from secateur.errors import UnsupportedModelError
@@ -65,7 +66,6 @@ def prove(
     Raises:
         UnsupportedModelError: when the small block cannot be run so, or computes something else.
     """
-    args, kwargs = call
     zeroed = dict(tensors)
     for coupling, units in choices:
         zeroed = zero_units(zeroed, coupling, units)
@@ -73,8 +73,10 @@ def prove(
         for name, tensor in made.items():
             set_tensor(model, name, tensor)
     names = " and ".join(dict.fromkeys(noun(coupling.kind) for coupling, _ in choices))
+    args, kwargs = copied_call(*call)
     with torch.no_grad():
         expected = output_tensor(whole.get_submodule(block.name)(*args, **kwargs)).float()
+        args, kwargs = copied_call(*call)
         try:
             found = output_tensor(small.get_submodule(block.name)(*args, **kwargs)).float()
         except (RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -18,9 +18,11 @@ def neuron_entries(config: Any, lead: Coupling, count: int) -> Iterator[Entries]
     """Entries for ``count`` instead of ``lead.units`` neurons.
 
     A number that is the width, in any config inside the config, alone or in twos (encoder and decoder); a list of
-    widths, one a layer; a ratio to another width; an empty entry, as long as which the width is computed.
+    widths, one a layer; twice the width, where gate and neurons are counted together; a ratio to another width; an
+    empty entry, as long as which the width is computed.
     """
     widths: Entries = {}
+    doubles: list[Entries] = []
     ratios: list[Entries] = []
     for path, value in entries_of(config):
         key = path[-1]
@@ -30,6 +32,8 @@ def neuron_entries(config: Any, lead: Coupling, count: int) -> Iterator[Entries]
             widths[path] = count
         elif isinstance(value, list) and lead.units in value and all(type(one) is int for one in value):
             widths[path] = [count if one == lead.units else one for one in value]
+        elif type(value) is int and value == 2 * lead.units and any(word in key for word in _FFN):
+            doubles.append({path: 2 * count})
         if any(word in key for word in _RATIO):
             ratios += [{path: scaled} for scaled in _scaled(value, count, lead.units)]
         elif value is None and "inner" in key:
@@ -38,6 +42,7 @@ def neuron_entries(config: Any, lead: Coupling, count: int) -> Iterator[Entries]
     for number in (1, 2):
         for paths in itertools.combinations(likely, number):
             yield {path: widths[path] for path in paths}
+    yield from doubles
     yield from ratios
 
 

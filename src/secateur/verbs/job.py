@@ -197,9 +197,6 @@ def prepare(
     if binding.resident:
         reporter.note("the model reads a weight outside its blocks in a way of its own: all of these stay in memory")
         compute = torch.float32  # the format of the verification, as they are there in one format only
-    if asked == "auto" and compute != torch.float32 and not runs_in(compute, model, structure, binding, reader):
-        reporter.note(f"calibrated in float32: the model does not run in {str(compute).removeprefix('torch.')}")
-        compute = torch.float32
     names = [matrix.name for matrix in structure.matrices]
     prunable = {key: reader.info(key).numel for key in binding.keys_of(names)}
     loaded: list[Calibration] = []
@@ -210,6 +207,11 @@ def prepare(
             loaded.append(load_calibration(recipe, model, source.folder, reporter, data=data, demo=demo))
         return loaded[0]
 
+    if asked == "auto" and compute != torch.float32:
+        sample = calibrated().batches[0] if _needs_data(method, recipe) else None
+        if not runs_in(compute, model, structure, binding, reader, sample):
+            reporter.note(f"calibrated in float32: the model does not run in {str(compute).removeprefix('torch.')}")
+            compute = torch.float32
     opened = Model(model, structure, reader, binding)
     shape = Shape()
     if recipe.structure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,7 +30,7 @@ from secateur.recipe import Recipe
 from secateur.structured import block_choice
 from secateur.structured.channel_plan import plan_channels
 from secateur.structured.channels import Channels
-from secateur.structured.depth import DepthPlan, row_counts, unlike_others, without_blocks
+from secateur.structured.depth import DepthPlan, other_choices, row_counts, without_blocks
 from secateur.structured.entries import changed
 from secateur.structured.experts import ExpertPlan, plan_experts
 from secateur.structured.ladder import first
@@ -121,17 +122,23 @@ def plan_shape(
             reporter.note(f"the calibration data does not reach {row}: its blocks stay")
 
         def without(fixed: Sequence[int]) -> DepthPlan:
-            gone = _choose_blocks(recipe, source, model, counts, fixed, calibration(), device, compute, reporter)
+            free = [b.index for b in model.structure.blocks if counts.get(b.row) and b.index not in fixed]
+            forced = len(free) == sum(counts.values())  # nothing to choose
+            gone = free if forced else _choose_blocks(
+                recipe, source, model, counts, fixed, calibration(), device, compute, reporter
+            )  # fmt: skip
             return without_blocks(config, model.skeleton, model.structure, model.binding, model.reader, gone)
 
-        fixed = unlike_others(model.skeleton, model.structure)
         try:
             shape.depth = without([])
         except UnsupportedModelError as error:
-            if not fixed or len(fixed) == len(model.structure.blocks):
+            for words, fixed in other_choices(config, model.skeleton, model.structure, counts):
+                with contextlib.suppress(UnsupportedModelError):
+                    shape.depth = without(fixed)
+                    reporter.note(f"{error.message}; {words}")
+                    break
+            else:
                 raise
-            reporter.note(f"{error.message}; blocks that are the only ones of their build now stay")
-            shape.depth = without(fixed)
     if shape.depth is not None:
         config = changed(config, shape.depth.changes)
         model.skeleton = shape.depth.skeleton
