@@ -37,6 +37,7 @@ BUDGET = "budget 80%"
 LONG_WAYS = ("full kd", "full lm", "blocks")
 FAIR = f"sparsegpt, full kd, {SHORT} tokens"
 """The run whose minutes the third group gets."""
+OTHER = " of other text"
 
 
 def main() -> None:
@@ -53,10 +54,11 @@ def main() -> None:
     runs += [(BUDGET, "lora kd", LONG, None)]
     runs += [("sparsegpt", way, SHORT, None) for way in WAYS]
     runs += [("sparsegpt", way, None, FAIR) for way in WAYS if way != "full kd"]
-    for method, way, tokens, fair in runs:
-        name = f"{method}, {way}, " + (f"{tokens} tokens" if tokens else "equal minutes")
+    runs += [("sparsegpt", way, SHORT, OTHER) for way in ("full kd", "full lm")]
+    for method, way, tokens, how in runs:
+        name = f"{method}, {way}, " + (f"{tokens} tokens{how or ''}" if tokens else "equal minutes")
         if options.only is None or name in options.only.split(";"):
-            bench.recovered(name, method, way, tokens, fair)
+            bench.recovered(name, method, way, tokens, how)
     _common.store("recovery", " ".join(__doc__.split("\n\n")[1].split()), list(bench.rows.values()))
 
 
@@ -98,15 +100,16 @@ class _Bench:
     def pruned(self, method: str) -> dict[str, Any]:
         return self._row(f"{method}, pruned", lambda: _reference.quality(str(self._folder(method)), self.data))
 
-    def recovered(self, name: str, method: str, way: str, tokens: int | None, fair: str | None) -> None:
+    def recovered(self, name: str, method: str, way: str, tokens: int | None, how: str | None) -> None:
         dense, before = self.dense(), self.pruned(method)
+        text = "builtin" if how == OTHER else str(self.data / "wikitext2-valid.txt")
 
         def make() -> dict[str, Any]:
             out = self.scratch / "out"
             done = _common.secateur(
-                "recover", str(self._folder(method)), "-o", str(out), "--data", str(self.data / "wikitext2-valid.txt"),
+                "recover", str(self._folder(method)), "-o", str(out), "--data", text,
                 "--held-out", "0.1", "--no-evaluate", "--overwrite", "--json", "--quiet", *WAYS[way],
-                *self._budget(way, tokens, fair),
+                *self._budget(way, tokens, how),
             )  # fmt: skip
             training = json.loads(done.stdout)["training"]
             found = _reference.quality(str(out), self.data, questions=tokens == LONG)
