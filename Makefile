@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 torch_index = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: help install demo demo-smaller test lint bench coverage docs docs-check wheel clean
+.PHONY: help install demo test lint bench coverage docs docs-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -41,10 +41,8 @@ $(VENV)/dev: $(VENV)/secateur
 
 install: $(VENV)/secateur ## Install secateur into .venv
 
-demo: $(VENV)/secateur ## Prune a real model and show what it did
+demo: $(VENV)/secateur ## Prune a real model twice: half of its weights to zero, a fifth of them as whole neurons
 	$(BIN)/secateur prune demo -o $(OUT) --overwrite $(ARGS)
-
-demo-smaller: demo ## Remove a fifth of its weights as whole neurons, and show all three
 	$(BIN)/secateur prune demo -o $(OUT)-smaller --structure ffn --sparsity 0.2 --beside $(OUT) --overwrite
 
 test: $(VENV)/dev ## Run all tests

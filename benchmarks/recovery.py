@@ -27,6 +27,7 @@ LONG, SHORT = 245_760, 40_960
 WAYS: dict[str, list[str]] = {
     "full kd": [],
     "full lm": ["--loss", "lm"],
+    "full kd+lm": ["--loss", "kd+lm"],
     "full kd+hidden": ["--loss", "kd+hidden"],
     "lora kd": ["--mode", "lora"],
     "norms-and-biases kd": ["--mode", "norms-and-biases"],
@@ -54,7 +55,7 @@ def main() -> None:
     runs += [(BUDGET, "lora kd", LONG, None)]
     runs += [("sparsegpt", way, SHORT, None) for way in WAYS]
     runs += [("sparsegpt", way, None, FAIR) for way in WAYS if way != "full kd"]
-    runs += [("sparsegpt", way, SHORT, OTHER) for way in ("full kd", "full lm")]
+    runs += [("sparsegpt", way, SHORT, OTHER) for way in ("full kd", "full lm", "full kd+lm")]
     for method, way, tokens, how in runs:
         name = f"{method}, {way}, " + (f"{tokens} tokens{how or ''}" if tokens else "equal minutes")
         if options.only is None or name in options.only.split(";"):

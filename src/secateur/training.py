@@ -11,7 +11,9 @@ from typing import Any
 from secateur.errors import UnknownNameError, UsageError
 
 MODES = ("full", "lora", "norms-and-biases", "blocks")
-LOSSES = ("auto", "lm", "kd", "kd+hidden", "labels", "features")
+LOSSES = ("auto", "lm", "kd", "kd+lm", "kd+hidden", "labels", "features")
+CACHED = ("kd", "kd+lm")
+"""Losses for which the logits of a teacher of text are kept on disk."""
 RANK = 16
 TOP_K = 64
 SAVE_MINUTES = 10.0
@@ -26,7 +28,7 @@ class Training:
     mode: str = "full"
     """What is trained: full (all weights), lora, norms-and-biases, or blocks (one after the other, no whole graph)."""
     loss: str = "auto"
-    """lm, kd (the teacher's logits), kd+hidden, labels, or features; auto takes what suits the model."""
+    """lm, kd (the teacher's logits), kd+lm, kd+hidden, labels, or features; auto takes what suits the model."""
     teacher: str | None = None
     """The dense model to learn from; the source that secateur.json names is taken when this is left out."""
     tokens: int | None = None

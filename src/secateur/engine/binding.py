@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from secateur.engine.skeleton import tied_names
+from secateur.engine.skeleton import computed_constants, tied_names
 from secateur.errors import CheckpointError, UnsupportedModelError
 
 
@@ -88,10 +88,10 @@ class Binding:
             unit.renamed.append(apply_renamings(key, renamings))
         self._alias_tied(state)
         buffers = {name for name, _ in model.named_buffers()}
-        self.missing = [
-            name for name, tensor in state.items()
-            if name not in self._by_name and name not in buffers and tensor.is_meta  # else the class computes it
-        ]  # fmt: skip
+        self.missing = [name for name in state if name not in self._by_name and name not in buffers]
+        if self.missing:
+            computed = computed_constants(model)
+            self.missing = [name for name in self.missing if name not in computed]
 
     def _alias_tied(self, state: dict[str, torch.Tensor]) -> None:
         ties = tied_names(self._model)

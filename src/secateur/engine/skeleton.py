@@ -39,7 +39,8 @@ def skeleton_of(config: transformers.PreTrainedConfig) -> transformers.PreTraine
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model: transformers.PreTrainedModel = cls._from_config(config, dtype=torch.float32)
     model.tie_weights(recompute_mapping=False)
-    _compute_constants(model)
+    for name, tensor in computed_constants(model).items():
+        set_tensor(model, name, tensor)
     # Nothing is generated here, and a KV cache would only hold memory; experts must run one by one to be observed.
     for part in {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}.values():
         if getattr(part, "use_cache", False):
@@ -49,13 +50,14 @@ def skeleton_of(config: transformers.PreTrainedConfig) -> transformers.PreTraine
     return model.eval()
 
 
-def _compute_constants(model: transformers.PreTrainedModel) -> None:
-    """Make the parameters that a class says no file need hold, such as sinusoids that are never trained.
+def computed_constants(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameters that a class says no file need hold and computes itself, such as sinusoids that are never trained.
 
-    Only those that the class computes to the same numbers each time: others are weights that are missing.
+    Only those that it computes to the same numbers each time: others are weights that are missing.
     """
     patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
-    for name, parameter in list(model.named_parameters()):
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
         if not any(re.search(pattern, name) for pattern in patterns) or name in tied_names(model):
             continue
         owner, _, leaf = name.rpartition(".")
@@ -69,7 +71,8 @@ def _compute_constants(model: transformers.PreTrainedModel) -> None:
                 model._init_weights(module)
             made.append(getattr(module, leaf).detach())
         if made[0].shape == parameter.shape and torch.equal(*made):  # NaN where it was not made equals nothing
-            set_tensor(model, name, made[0])
+            found[name] = made[0]
+    return found
 
 
 def model_class(config: transformers.PreTrainedConfig) -> type[transformers.PreTrainedModel]:

@@ -31,7 +31,7 @@ class _Objective:
 
 
 class LanguageObjective(_Objective):
-    """Next tokens (``lm``), the teacher's distribution (``kd``), or that and its hidden states (``kd+hidden``).
+    """Next tokens (``lm``), the teacher's distribution (``kd``), or that and one more: the sum of the two.
 
     Args:
         top_k: logits of a live teacher that count; a cached one was cut already.
@@ -48,13 +48,17 @@ class LanguageObjective(_Objective):
         hidden = self._loss == "kd+hidden"
         asked = {"output_hidden_states": True} if hidden else {}
         out = self._run(model, input_ids=ids, use_cache=False, **asked)
-        if self._loss == "lm":
-            return next_token(out.logits[:, :-1], ids[:, 1:])
+        text = next_token(out.logits[:, :-1], ids[:, 1:]) if "lm" in self._loss else None
+        if text is not None and self._loss == "lm":
+            return text
         if "teacher_ids" in batch:
-            return distillation(out.logits, batch["teacher_ids"], batch["teacher_log_probabilities"])
+            loss = distillation(out.logits, batch["teacher_ids"], batch["teacher_log_probabilities"])
+            return loss if text is None else loss + text
         dense = self._ask(input_ids=ids, use_cache=False, **asked)
         loss = distillation(out.logits, *top_logits(dense.logits, self._top_k))
-        return loss + hidden_distance(out.hidden_states[1:], dense.hidden_states[1:]) if hidden else loss
+        if hidden:
+            loss = loss + hidden_distance(out.hidden_states[1:], dense.hidden_states[1:])
+        return loss if text is None else loss + text
 
 
 class LabelObjective(_Objective):

@@ -13,7 +13,7 @@ from secateur.errors import UsageError
 from secateur.processes import Processes
 from secateur.progress import Reporter
 from secateur.recovery.blocks import duration
-from secateur.training import SAVE_MINUTES
+from secateur.training import CACHED, SAVE_MINUTES
 from secateur.verbs.lesson import Lesson
 
 
@@ -115,7 +115,7 @@ def _told(lesson: Lesson, steps: int, seconds: float | None, trained: int) -> st
         told += f": {rate} s per 1,000 tokens, about {duration(steps * seconds)} in all"
         told += ", without the exchange between processes" if lesson.processes > 1 else ""
     if lesson.settings.minutes is not None:
-        asked = "asking the teacher, " if lesson.teacher is not None and lesson.loss == "kd" else ""
+        asked = "asking the teacher, " if lesson.teacher is not None and lesson.loss in CACHED else ""
         told += f"; --minutes counts these steps only: {asked}loading, verifying and measuring come on top"
     return (
         f"{told}; {trained:,} parameters are trained, whose gradients and optimiser take {12 * trained / 1e6:,.0f} MB"

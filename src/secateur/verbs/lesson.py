@@ -24,7 +24,7 @@ from secateur.measure.embeddings import check_encoder
 from secateur.measure.texts import tokenise
 from secateur.progress import Reporter
 from secateur.recovery.data import Split, split, steps_for
-from secateur.training import RANK, TOP_K, Training
+from secateur.training import CACHED, RANK, TOP_K, Training
 from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.teacher import Teacher, find_teacher, is_classifier
 
@@ -125,7 +125,7 @@ def plan_lesson(
     tokenizer = load_tokenizer(source.folder)
     known = settings.teacher is not None or bool((result.get("source") or {}).get("model"))
     loss = _loss(settings, task, known, reporter)
-    needs_teacher = settings.mode == "blocks" or loss in ("kd", "kd+hidden", "features")
+    needs_teacher = settings.mode == "blocks" or loss in (*CACHED, "kd+hidden", "features")
     if settings.teacher is not None and not needs_teacher:
         raise UsageError(f"--loss {loss} has no teacher", hint="leave --teacher out, or use --loss kd")
     teacher = find_teacher(settings, loss, sha256, result, skeleton, tokenizer, reporter) if needs_teacher else None
@@ -159,7 +159,7 @@ def plan_lesson(
 
 def looks_at_top_k(settings: Training, task: Task, loss: str) -> bool:
     """Whether the teacher's next-token distribution is learned, of which so many logits are kept."""
-    return task == "language" and loss in ("kd", "kd+hidden") and settings.mode != "blocks"
+    return task == "language" and loss in (*CACHED, "kd+hidden") and settings.mode != "blocks"
 
 
 def unused(settings: Training, task: Task, loss: str) -> list[str]:
@@ -214,7 +214,7 @@ def _task(settings: Training, skeleton: transformers.PreTrainedModel, labelled: 
 
 def _loss(settings: Training, task: Task, teacher_known: bool, reporter: Reporter) -> str:
     allowed: dict[Task, Sequence[str]] = {
-        "language": ("kd", "lm", "kd+hidden"),
+        "language": ("kd", "lm", "kd+lm", "kd+hidden"),
         "labels": ("labels", "kd"),
         "features": ("features",),
     }

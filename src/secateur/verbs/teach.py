@@ -28,7 +28,7 @@ from secateur.recovery.objectives import FeatureObjective, LabelObjective, Langu
 from secateur.recovery.parts import fill, gather, trained_parameters
 from secateur.recovery.teacher import TeacherLogits, build_cache, cache_key, cached_folder, open_cache
 from secateur.recovery.trainer import Checkpoints, RecoveryTrainer, Tell, last_checkpoint, time_of_step
-from secateur.training import SAVE_MINUTES
+from secateur.training import CACHED, SAVE_MINUTES
 from secateur.verbs.cost import StandIn, settle
 from secateur.verbs.lesson import Lesson
 from secateur.verbs.student import named_for, open_student, trainable
@@ -149,7 +149,7 @@ def _losses(lesson: Lesson, student: Any, objective: Any) -> list[float | None]:
 
 def _is_cached(lesson: Lesson) -> bool:
     """Whether the teacher is asked once, before the training, and not in every step."""
-    return lesson.loss == "kd" and lesson.task == "language"
+    return lesson.loss in CACHED and lesson.task == "language"
 
 
 def _time_and_size(trainer: RecoveryTrainer, collate: Any, data: Any) -> tuple[float | None, int]:
