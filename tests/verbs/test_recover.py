@@ -124,7 +124,7 @@ def test_half_precision_shards_and_a_pattern(mode: str, root: Path, tmp_path: Pa
     loads(tmp_path / "out", "LlamaForCausalLM")
 
 
-@pytest.mark.parametrize("loss", ["lm", "kd", "kd+hidden"])
+@pytest.mark.parametrize("loss", ["lm", "kd", "kd+lm", "kd+hidden"])
 def test_each_loss_falls(loss: str, root: Path, tmp_path: Path) -> None:
     result = recover_tiny(
         pruned_model(root, "llama", "llama"), tmp_path / "out", root, loss=loss, learning_rate=1e-2, tokens=1280
