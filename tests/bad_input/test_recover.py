@@ -79,7 +79,7 @@ def test_request_that_makes_no_sense(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(teach, "build_cache", lambda *a, **k: pytest.fail("the teacher was asked before"))
     if options.get("loss") == "features":
-        words = "--loss features|a language model on text|kd or lm or kd+lm or kd+hidden"
+        words = "--loss features|a language model on text|kd+lm or kd or lm or kd+hidden"
     refused(kind, words, root / "dense-pruned", tmp_path / "out", **{**text(root), **options})
 
 

@@ -92,7 +92,7 @@ def test_result_file_and_verification(root: Path, tmp_path: Path) -> None:
     assert {"steps", "tokens", "seconds", "losses", "held_out_loss", "generalisation_gap"} <= written["training"].keys()
     assert written["training"]["tokens"] == 640
     assert written["protocol"]["teacher"] == "llama"
-    assert written["protocol"]["loss"] == "kd"
+    assert written["protocol"]["loss"] == "kd+lm"
     assert written["schema_version"] == 1
     assert set(written["shards"]) == {path.name for path in out.glob("*.safetensors")}
     for side in ("teacher", "before", "after"):

@@ -214,7 +214,7 @@ def _task(settings: Training, skeleton: transformers.PreTrainedModel, labelled: 
 
 def _loss(settings: Training, task: Task, teacher_known: bool, reporter: Reporter) -> str:
     allowed: dict[Task, Sequence[str]] = {
-        "language": ("kd", "lm", "kd+lm", "kd+hidden"),
+        "language": ("kd+lm", "kd", "lm", "kd+hidden"),
         "labels": ("labels", "kd"),
         "features": ("features",),
     }
