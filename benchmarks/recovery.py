@@ -25,12 +25,12 @@ import _reference
 
 LONG, HALF, SHORT = 245_760, 122_880, 40_960
 WAYS: dict[str, list[str]] = {
-    "full kd": [],
+    "full kd": ["--loss", "kd"],
     "full lm": ["--loss", "lm"],
     "full kd+lm": ["--loss", "kd+lm"],
     "full kd+hidden": ["--loss", "kd+hidden"],
-    "lora kd": ["--mode", "lora"],
-    "norms-and-biases kd": ["--mode", "norms-and-biases"],
+    "lora kd": ["--mode", "lora", "--loss", "kd"],
+    "norms-and-biases kd": ["--mode", "norms-and-biases", "--loss", "kd"],
     "blocks": ["--mode", "blocks"],
 }
 METHODS = ("sparsegpt", "sparsegpt 2:4")
