@@ -14,7 +14,9 @@ SCHEMA_VERSION = 1
 RESULT_FILE = "secateur.json"
 
 
-class _Plain:
+class Plain:
+    """Plain data, as dictionaries and JSON."""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return dataclasses.asdict(self)  # type: ignore[call-overload, no-any-return]
@@ -24,7 +26,7 @@ class _Plain:
 
 
 @dataclass
-class Matrix(_Plain):
+class Matrix(Plain):
     """One prunable matrix, seen as (out_features, in_features); fused experts are (experts, out, in)."""
 
     name: str
@@ -33,7 +35,7 @@ class Matrix(_Plain):
 
 
 @dataclass
-class Unprunable(_Plain):
+class Unprunable(Plain):
     """A tensor that stays as it is, and why."""
 
     name: str
@@ -42,7 +44,7 @@ class Unprunable(_Plain):
 
 
 @dataclass
-class InspectResult(_Plain):
+class InspectResult(Plain):
     """What `secateur inspect` prints."""
 
     model: str
@@ -63,7 +65,7 @@ class InspectResult(_Plain):
 
 
 @dataclass
-class EvaluateResult(_Plain):
+class EvaluateResult(Plain):
     """What `secateur evaluate` prints. A value that was not measured is None."""
 
     model: str
@@ -90,7 +92,7 @@ class EvaluateResult(_Plain):
 
 
 @dataclass
-class Measured(_Plain):
+class Measured(Plain):
     """One side (before or after) of a pruning result. A value that was not measured is None."""
 
     parameters: int
@@ -107,7 +109,7 @@ class Measured(_Plain):
 
 
 @dataclass
-class PrunedMatrix(_Plain):
+class PrunedMatrix(Plain):
     """What happened to one matrix."""
 
     name: str
@@ -121,7 +123,7 @@ class PrunedMatrix(_Plain):
 
 
 @dataclass
-class PruneResult(_Plain):
+class PruneResult(Plain):
     """What `secateur prune` prints, and the bulk of ``secateur.json``."""
 
     out: str
@@ -153,7 +155,7 @@ class PruneResult(_Plain):
 
 
 @dataclass
-class PlanResult(_Plain):
+class PlanResult(Plain):
     """What `secateur prune --structure ... --dry-run` prints, or `--budget ... --dry-run`."""
 
     lines: list[str]
@@ -173,7 +175,7 @@ class PlanResult(_Plain):
 
 
 @dataclass
-class RecoverResult(_Plain):
+class RecoverResult(Plain):
     """What `secateur recover` prints, and the bulk of the ``secateur.json`` it writes."""
 
     out: str
@@ -222,7 +224,7 @@ def read_after(folder: Path) -> tuple[str, Measured]:
 
 
 @dataclass
-class ExportResult(_Plain):
+class ExportResult(Plain):
     """What `secateur export` prints."""
 
     out: str

@@ -1,0 +1,65 @@
+"""Typed result of a study, which `secateur study` prints and `secateur report` draws. Plain data only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from secateur.result import SCHEMA_VERSION, Plain
+
+State = Literal["waiting", "running", "complete", "stopped", "failed"]
+
+
+@dataclass
+class Trial(Plain):
+    """One setting of a study that was tried, or one model it is compared with."""
+
+    number: int
+    """From 0; baselines count down from -1."""
+    state: State
+    settings: dict[str, Any]
+    """Name in the space -> value: method, sparsity, pattern, structure ..."""
+    command: str
+    """The command line that makes this model."""
+    values: dict[str, float | None] = field(default_factory=dict)
+    """Objectives, and everything else that was measured: perplexity, nll_per_token, bytes_disk, parameters, nonzero,
+    sparsity, flops_per_token, sparse_flops_per_token, decode_tokens_per_second, joules_per_token, seconds."""
+    meets: bool | None = None
+    """Whether every constraint is met; None while that is not known."""
+    reason: str = ""
+    """Why it was stopped, or the error with which it failed."""
+    seconds: float | None = None
+    name: str = ""
+    """Of a baseline: dense, int8, 4-bit."""
+    sparsity: dict[str, float] = field(default_factory=dict)
+    """Prunable matrix -> share of its weights that are zero."""
+
+
+@dataclass
+class StudyResult(Plain):
+    """What a study has found so far."""
+
+    name: str
+    model: str
+    objectives: dict[str, Literal["minimize", "maximize"]]
+    constraints: list[str]
+    data: dict[str, str]
+    """What calibration, choice and test are measured on."""
+    finished: bool
+    baselines: list[Trial] = field(default_factory=list)
+    """Measured like the trials, but not chosen by the study: dense first."""
+    trials: list[Trial] = field(default_factory=list)
+    front: list[int] = field(default_factory=list)
+    """Numbers of the complete trials that no other betters in every objective, among those that meet the constraints."""
+    finalists: list[Trial] = field(default_factory=list)
+    """Those measured on the test text, once, at the end; ``values`` are of that text."""
+    recommended: int | None = None
+    """Number of the trial a user should take."""
+    importances: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Objective -> setting -> share of the objective's variance that hangs on it."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """seconds in all, and of them seconds of trials, of baselines, and saved by sharing."""
+    machine: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
