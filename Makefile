@@ -8,7 +8,8 @@ OUT ?= demo-pruned
 ARGS ?=
 
 # Together some hours on two cores.
-BENCHMARKS ?= startup speed memory quality two_pass structured compute evaluation recovery step_cost generalisation
+BENCHMARKS ?= startup speed memory quality two_pass structured compute evaluation recovery step_cost generalisation \
+  smaller export_gguf baselines noise
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from secateur.recipe import Override, Recipe
     from secateur.recovery.callback import SparsityCallback
     from secateur.training import Training
+    from secateur.verbs.bench import bench
     from secateur.verbs.evaluate import evaluate
     from secateur.verbs.export import export
     from secateur.verbs.generate import generate
@@ -38,6 +39,7 @@ _HOMES = {
     "SparsityCallback": "secateur.recovery.callback",
     "Training": "secateur.training",
     "Wanda": "secateur.methods.wanda",
+    "bench": "secateur.verbs.bench",
     "evaluate": "secateur.verbs.evaluate",
     "export": "secateur.verbs.export",
     "generate": "secateur.verbs.generate",
@@ -58,6 +60,7 @@ __all__ = [
     "Training",
     "Wanda",
     "__version__",
+    "bench",
     "evaluate",
     "export",
     "generate",

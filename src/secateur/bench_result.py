@@ -15,9 +15,9 @@ class Quantities(Plain):
     name: str
     """As it was asked for: a folder, hub id, ``demo``."""
     runtime: str
-    """transformers, torchao or llama.cpp."""
+    """transformers or llama.cpp."""
     format: str
-    """Number format it runs in: float32, bfloat16, int8, 4-bit ..."""
+    """Number format of the weights: float32, bfloat16, q8_0 (8 bits), q4_0 (4 bits)."""
     parameters: int | None = None
     nonzero: int | None = None
     bytes_disk: int | None = None
@@ -65,4 +65,5 @@ class BenchResult(Quantities):
     protocol: dict[str, Any] = field(default_factory=dict)
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION

@@ -50,7 +50,7 @@ class StudyResult(Plain):
     """Measured like the trials, but not chosen by the study: dense first."""
     trials: list[Trial] = field(default_factory=list)
     front: list[int] = field(default_factory=list)
-    """Numbers of the complete trials that no other betters in every objective, among those that meet the constraints."""
+    """Complete trials that meet the constraints and that no other betters in every objective, by number."""
     finalists: list[Trial] = field(default_factory=list)
     """Those measured on the test text, once, at the end; ``values`` are of that text."""
     recommended: int | None = None

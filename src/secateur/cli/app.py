@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from secateur.cli import console, evaluate, export, generate, inspect, methods, prune, recover
+from secateur.cli import bench, console, evaluate, export, generate, inspect, methods, prune, recover
 from secateur.errors import SecateurError
 
 USAGE_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -47,6 +47,7 @@ app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
 app.command("recover")(recover.recover)
 app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("methods")(methods.methods)

@@ -6,11 +6,13 @@ on stdout.
 
     {"op": "load"}
         -> seconds, version
+    {"op": "resident"}
+        -> bytes_resident_before, bytes_resident          (before: with the library in memory and without the model)
     {"op": "tokenize", "texts": [TEXT, ..]}           (special tokens added and recognised)
         -> ids [[..], ..]
     {"op": "score", "tokens": [..], "top": K}         (every token but the first, given those before it)
         -> scores [{"logprob": X, "top": [[id, logprob], ..]} or null, ..]
-    {"op": "speed", "tokens": [..], "new_tokens": N}
+    {"op": "speed", "tokens": [..], "new_tokens": N, "runs": 2}
         -> prefill_tokens_per_second, decode_tokens_per_second
     {"op": "quit"}
 
@@ -35,6 +37,13 @@ FORCE = 1e4
 that llama.cpp reports are those before such biases."""
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 class Llama:
     """Holds the model; one method an operation."""
 
@@ -42,12 +51,14 @@ class Llama:
         self.file, self.context, self.threads, self.exact = file, context, threads, exact
         self.server: Any = None
         self.seconds = 0.0
+        self.before = 0
         self.secret = secrets.token_hex(16)  # the server also listens on a local port, to nobody but us
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Carry out one request; the model is loaded by the first one."""
         operations: dict[str, Callable[..., dict[str, Any]]] = {
             "load": self.load, "tokenize": self.tokenize, "score": self.score, "speed": self.speed,
+            "resident": self.resident,
         }  # fmt: skip
         arguments = dict(request)
         name = arguments.pop("op", None)
@@ -71,10 +82,15 @@ class Llama:
                 parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
                 parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
                 parameters.warmup = False
+            self.before = resident_bytes()
             started = time.perf_counter()
             self.server = xllamacpp.Server(parameters)
             self.seconds = time.perf_counter() - started
         return {"seconds": self.seconds, "version": str(xllamacpp.__version__)}
+
+    def resident(self) -> dict[str, Any]:
+        """Memory now and just before the model was loaded; pages of the file that were looked at count."""
+        return {"bytes_resident_before": self.before, "bytes_resident": resident_bytes()}
 
     def tokenize(self, texts: list[str]) -> dict[str, Any]:
         """Token ids of texts, through the server's own door: the in-process calls have none for this."""
@@ -103,11 +119,11 @@ class Llama:
             scores.append({"logprob": found["logprob"], "top": likeliest})
         return {"scores": scores}
 
-    def speed(self, tokens: list[int], new_tokens: int) -> dict[str, Any]:
-        """Tokens a second by llama.cpp's own clock; the second of two runs counts, when the file is in memory."""
+    def speed(self, tokens: list[int], new_tokens: int, runs: int = 2) -> dict[str, Any]:
+        """Tokens a second by llama.cpp's own clock; the last of the runs counts, when the file is in memory."""
         request = {"prompt": tokens, "n_predict": new_tokens, "ignore_eos": True, "cache_prompt": False}
         timings: dict[str, Any] = {}
-        for _ in range(2):
+        for _ in range(runs):
             timings = self.server.handle_completions({**request, "temperature": 0.0})["timings"]
         return {
             "prefill_tokens_per_second": timings["prompt_per_second"],

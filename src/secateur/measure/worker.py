@@ -10,8 +10,10 @@ out on stdout; whatever libraries print goes to stderr.
         -> bytes_resident_before, bytes_resident
     {"op": "logits", "inputs": PATH, "out": PATH}     (both safetensors: tensors named like the forward's arguments)
         -> outputs {name: shape}
-    {"op": "decode", "prompt_tokens": [..], "new_tokens": N}
-        -> tokens, seconds, prefill_seconds, new_tokens [..]
+    {"op": "decode", "prompt_tokens": [..], "new_tokens": N, "rows": 1}      (the same prompt in every row of a batch)
+        -> tokens (of all rows), seconds, prefill_seconds, new_tokens [..] (of the first row)
+    {"op": "encode", "tokens": [..], "rows": 1}
+        -> tokens, seconds
     {"op": "continue", "prompt": TEXT, "new_tokens": N, "chat": false}
         -> text
     {"op": "quit"}
@@ -69,6 +71,7 @@ class Server:
             "resident": self.resident,
             "logits": self.logits,
             "decode": self.decode,
+            "encode": self.encode,
             "continue": self.continue_text,
         }
         import torch
@@ -136,7 +139,7 @@ class Server:
         save_file(found, out)
         return {"outputs": {name: list(tensor.shape) for name, tensor in found.items()}}
 
-    def decode(self, prompt_tokens: list[int], new_tokens: int) -> dict[str, Any]:
+    def decode(self, prompt_tokens: list[int], new_tokens: int, rows: int = 1) -> dict[str, Any]:
         """Greedy decoding with the cache, to the full length whatever tokens come; the prompt's pass is timed apart."""
         import torch
 
@@ -144,16 +147,31 @@ class Server:
         # Logits of the last position only, where the model can: the others would be thrown away.
         keep = {"logits_to_keep": 1} if self._accepts("logits_to_keep") else {}
         start = time.perf_counter()
-        result = self.model(torch.tensor([prompt_tokens], device=self.device), use_cache=True, **keep)
+        result = self.model(torch.tensor([prompt_tokens] * rows, device=self.device), use_cache=True, **keep)
         token = result.logits[:, -1:].argmax(-1)
-        chosen = [int(token)]
+        chosen = [int(token[0])]
         middle = time.perf_counter()
         for _ in range(new_tokens):
             result = self.model(token, past_key_values=result.past_key_values, use_cache=True, **keep)
             token = result.logits[:, -1:].argmax(-1)
-            chosen.append(int(token))  # waits for the device, so the clock is right there too
+            chosen.append(int(token[0]))  # waits for the device, so the clock is right there too
         seconds = time.perf_counter() - middle
-        return {"tokens": new_tokens, "seconds": seconds, "prefill_seconds": middle - start, "new_tokens": chosen}
+        return {
+            "tokens": new_tokens * rows,
+            "seconds": seconds,
+            "prefill_seconds": middle - start,
+            "new_tokens": chosen,
+        }
+
+    def encode(self, tokens: list[int], rows: int = 1) -> dict[str, Any]:
+        """One forward over whole texts, for models that do not decode."""
+        import torch
+
+        batch = torch.tensor([tokens] * rows, device=self.device)
+        start = time.perf_counter()
+        result = self.model(batch)
+        float(next(value for value in result.values() if hasattr(value, "is_floating_point")).flatten()[0])
+        return {"tokens": batch.numel(), "seconds": time.perf_counter() - start}
 
     def continue_text(self, prompt: str, new_tokens: int, chat: bool = False) -> dict[str, Any]:
         """Greedy continuation of a text; the answer holds the new text only."""

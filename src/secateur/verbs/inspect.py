@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from secateur.checkpoint.check import check_model_folder
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import open_source
 from secateur.engine.binding import Binding
-from secateur.engine.blocks import find_structure
+from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.forward import rehearse
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import CheckpointError, UnsupportedModelError
@@ -49,14 +50,8 @@ def inspect(model: str | Path, *, reporter: Reporter | None = None) -> InspectRe
         for key in reader.keys:
             zeros[key] = sum(int((chunk == 0).sum()) for chunk in reader.chunks(key))
             reporter.advance()
-        matrices = []
-        for matrix in structure.matrices:
-            unit = binding.unit_of(matrix.name)
-            if len(unit.names) == 1:
-                count = sum(zeros[key] for key in unit.keys)
-            else:
-                count = int((binding.load([matrix.name], reader)[matrix.name] == 0).sum())
-            matrices.append(Matrix(matrix.name, matrix.shape, count))
+        counts = zeros_of_matrices(structure, binding, reader, zeros)
+        matrices = [Matrix(matrix.name, matrix.shape, counts[matrix.name]) for matrix in structure.matrices]
         dtypes = sorted({str(reader.info(key).dtype).removeprefix("torch.") for key in reader.keys})
         size = sum(shard.path.stat().st_size for shard in reader.shards)
     prunable = sum(matrix.size for matrix in structure.matrices)
@@ -76,6 +71,24 @@ def inspect(model: str | Path, *, reporter: Reporter | None = None) -> InspectRe
         matrices=matrices,
         unprunable=[Unprunable(name, shape, reason) for name, (shape, reason) in structure.unprunable.items()],
     )
+
+
+def zeros_of_matrices(
+    structure: Structure, binding: Binding, reader: CheckpointReader, known: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Zeros of every prunable matrix, by name.
+
+    Args:
+        known: zeros of the checkpoint's tensors, where they were counted already.
+    """
+    found = {}
+    for matrix in structure.matrices:
+        unit = binding.unit_of(matrix.name)
+        if known is not None and len(unit.names) == 1:
+            found[matrix.name] = sum(known[key] for key in unit.keys)
+        else:
+            found[matrix.name] = int((binding.load([matrix.name], reader)[matrix.name] == 0).sum())
+    return found
 
 
 def _check_own_result(folder: Path, reporter: Reporter) -> None:

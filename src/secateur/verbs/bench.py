@@ -1,0 +1,270 @@
+"""`secateur bench`: what a model takes beside others: size, memory, speed, energy, operations, quality."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from secateur.bench_result import BenchResult, Quantities, RatioResult
+from secateur.checkpoint.source import open_source
+from secateur.corpus.load import load_text
+from secateur.engine.device import parse_dtype, resolve_device
+from secateur.errors import UsageError
+from secateur.measure.compare import interval_of_ratios
+from secateur.measure.energy import Carbon, carbon_of, find_meter
+from secateur.measure.in_turn import Load, Measurement, measure_in_turn
+from secateur.measure.llama_cpp import PACKAGE as LLAMA_CPP
+from secateur.measure.llama_cpp import is_installed
+from secateur.progress import Recorder, Reporter
+from secateur.verbs.bench_entries import Entry, quantised, source_of, stored
+from secateur.verbs.bench_verdict import bench_sentences
+from secateur.verbs.memory import as_source
+from secateur.verbs.provenance import versions
+
+WINDOWS = 12
+"""Windows of the measuring text, when the text has as many."""
+SURE = 0.95
+"""Coverage of an interval from which a difference may be claimed: six rounds."""
+QUANTISED = ("q8_0", "q4_0")
+"""Formats of llama.cpp that the dense model is compared in: 8 and 4 bits, with a scale for every 32 numbers."""
+_SIZES = ("parameters", "nonzero", "bytes_disk", "bytes_resident", "flops_per_token", "sparse_flops_per_token")
+_SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_tokens_per_second_batch_8",
+           "seconds_to_first_token", "joules_per_token")  # fmt: skip
+
+
+def bench(
+    model: str | Path | transformers.PreTrainedModel,
+    *,
+    against: Sequence[str | Path] = (),
+    baselines: bool = False,
+    tokenizer: Any = None,
+    data: str | Path | None = "builtin",
+    sequence_length: int | None = None,
+    prompt_tokens: int = 256,
+    new_tokens: int = 32,
+    rounds: int = 7,
+    region: str | None = None,
+    threads: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    reporter: Reporter | None = None,
+) -> BenchResult:
+    """Size, memory, speed, energy, operations and quality of a model, beside others in the same run.
+
+    Args:
+        model: a folder, hub id, ``.gguf`` file, ``demo``, or a model in memory (with its ``tokenizer``).
+        against: models it is compared with; each round measures all of them, one after the other.
+        baselines: add what a user would otherwise take: the dense model (the first of ``against``, else the one that
+            ``secateur.json`` names, else ``model``) in float32, bfloat16 and, in llama.cpp, with 8 and 4 bits.
+        data: text for the perplexity, see `secateur.corpus.load.load_text`; None leaves it out.
+        sequence_length: tokens in a window of it; None is 1024, or what the models can take.
+        prompt_tokens: tokens of the prompt before decoding is timed.
+        new_tokens: tokens decoded after it.
+        rounds: how often each model is timed; fewer than six leave the interval less sure than 95 %.
+        region: country whose electricity the carbon dioxide is counted for, three letters.
+        threads: CPU threads; None leaves the choice to PyTorch.
+        dtype: number format that ``model`` and ``against`` run in; auto is that of their files.
+
+    Raises:
+        UsageError: for arguments that make no sense.
+        SourceError: when a model cannot be found or opened.
+        RunError: when the process that measures ``model`` fails.
+    """
+    recorder = Recorder(reporter)
+    _check(prompt_tokens, new_tokens, rounds, sequence_length, threads, dtype)
+    carbon = carbon_of(region) if region is not None else None
+    text = None if data is None else load_text(data, "measure")
+    where = resolve_device(device)
+    with ExitStack() as stack:
+        if isinstance(model, transformers.PreTrainedModel):
+            first, _ = as_source(model, tokenizer, None, stack)
+        else:
+            first = open_source(model, reporter=recorder)
+        others = [open_source(one, reporter=recorder) for one in against]
+        entries = [stored(str(model) if isinstance(model, str | Path) else first.name, first, dtype)]
+        entries += [stored(str(name), one, dtype) for name, one in zip(against, others, strict=True)]
+        dense = entries[1] if others else entries[0]
+        failed: list[Quantities] = []
+        if baselines:
+            name, source = (dense.name, dense.source) if others else source_of(entries[0], recorder)
+            known = {(one.source.folder, one.format) for one in entries}
+            added = [stored(name, source, one) for one in ("float32", "bfloat16")]
+            entries += [one for one in added if (one.source.folder, one.format) not in known]
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-")))
+            made, failed = _quantised(name, source, scratch, recorder)
+            entries += made
+        for entry in entries:
+            entry.look(prompt_tokens, recorder)
+        cut = sequence_length or min(1024, *(one.longest for one in entries))
+        if text is not None:
+            for entry in entries:
+                if entry.cuts_like(entries[0]):
+                    entry.measure_quality(text, cut, WINDOWS, where, recorder)
+                else:
+                    why = "its tokenizer has another vocabulary: loss per token cannot be compared"
+                    entry.quantities.missing["perplexity"] = why
+                    recorder.warn(f"perplexity of {entry.name} was not measured: {why}")
+        else:
+            for entry in entries:
+                entry.quantities.missing["perplexity"] = "not asked for"
+        meter, why = find_meter(where.type)
+        count = threads or torch.get_num_threads()
+        load = Load(_prompt(entries, text.text if text else None, prompt_tokens, new_tokens), new_tokens)
+        measured = measure_in_turn(
+            [one.contender(where.type, count, len(load.tokens) + new_tokens) for one in entries], load, rounds=rounds,
+            meter=meter, reporter=recorder,
+        )  # fmt: skip
+        return _result(
+            entries, failed, measured, dense, (why, carbon), recorder,
+            {
+                "speed": f"greedy, key-value cache; prompt of {len(load.tokens)} tokens, {new_tokens} new ones; batch "
+                f"{load.batch}: prompt of {max(1, len(load.tokens) // load.batch)}; median of {rounds} rounds, all "
+                "models in turn, each in a process of its own",
+                "resident": "resident memory of a fresh process after it ran, less what it was before the weights "
+                "were loaded",
+                "energy": meter.source if meter is not None else why,
+                "quality": entries[0].protocol,
+                "operations": entries[0].counted,
+                "threads": count, "device": where.type,
+            },
+        )  # fmt: skip
+
+
+def _check(
+    prompt_tokens: int, new_tokens: int, rounds: int, length: int | None, threads: int | None, dtype: str
+) -> None:  # fmt: skip
+    asked = (("prompt_tokens", prompt_tokens, 8), ("new_tokens", new_tokens, 4), ("rounds", rounds, 1))
+    for name, value, least in (*asked, ("sequence_length", length, 2), ("threads", threads, 1)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}", hint=f"it must be at least {least}")
+    parse_dtype(dtype, "dtype")
+
+
+def _quantised(name: str, source: Any, scratch: Path, recorder: Recorder) -> tuple[list[Entry], list[Quantities]]:
+    """The dense model as files of llama.cpp, and rows with the reason for those that could not be made."""
+    made: list[Entry] = []
+    failed: list[Quantities] = []
+    for kind in QUANTISED:
+        entry, why = quantised(name, source, kind, scratch, recorder) if is_installed() else (
+            None, f"{LLAMA_CPP} is not installed (pip install 'secateur[gguf]')"
+        )  # fmt: skip
+        if entry is not None:
+            made.append(entry)
+        else:
+            failed.append(Quantities(name, "llama.cpp", kind, missing={"everything": why}))
+            recorder.warn(f"the dense model as {kind} was not measured: {why}")
+    return made, failed
+
+
+def _prompt(entries: Sequence[Entry], text: str | None, count: int, new_tokens: int) -> list[int]:
+    """Tokens that every model knows: of the text, else in the order of the vocabulary."""
+    room = min(one.longest for one in entries) - new_tokens
+    if room < 8:
+        raise UsageError(
+            f"{new_tokens} new tokens leave no room for a prompt: the models take {room + new_tokens}",
+            hint="give fewer with new_tokens",
+        )
+    vocabulary = min(one.vocabulary for one in entries)
+    tokens = entries[0].tokens_of(text, count) if text else []
+    if len(tokens) < count or max(tokens) >= vocabulary:
+        tokens = [3 + place % max(1, vocabulary - 3) for place in range(count)]
+    return tokens[: min(count, room)]
+
+
+def _result(
+    entries: Sequence[Entry], failed: Sequence[Quantities], measured: Sequence[Measurement], dense: Entry,
+    energy: tuple[str, Carbon | None], recorder: Recorder, protocol: dict[str, Any],
+) -> BenchResult:  # fmt: skip
+    why, carbon = energy
+    rows: list[Quantities] = []
+    for entry, found in zip(entries, measured, strict=True):
+        row = entry.quantities
+        row.bytes_resident = found.bytes_resident
+        for name in _SPEEDS:
+            setattr(row, name, found.median(name))
+        row.missing |= found.missing
+        if row.joules_per_token is None:
+            row.missing["joules_per_token"] = why or found.missing.get("speed", "the meter gave nothing")
+        if carbon is None:
+            row.missing["grams_co2_per_token"] = "no region was given (--region)"
+        elif row.joules_per_token is None:
+            row.missing["grams_co2_per_token"] = row.missing["joules_per_token"]
+        else:
+            row.grams_co2_per_token = row.joules_per_token * carbon.grams_per_joule
+        rows.append(row)
+    for row in rows:
+        row.efficiency = efficiency(row, dense.quantities)
+    ratio = {
+        label(row): _ratios(rows[0], row, measured[0], found) for row, found in zip(rows[1:], measured[1:], strict=True)
+    }
+    result = BenchResult(**vars(rows[0]))
+    result.against = [*rows[1:], *failed]
+    result.ratio = ratio
+    result.verdict = bench_sentences(result)
+    result.protocol = {**protocol, **({"carbon": carbon.source} if carbon is not None else {})}
+    result.machine = _machine()
+    result.versions = versions()
+    result.warnings = recorder.warnings
+    return result
+
+
+def label(row: Quantities) -> str:
+    """How a row is told from the others."""
+    return f"{row.name} ({row.runtime}, {row.format})"
+
+
+def _ratios(ours: Quantities, theirs: Quantities, one: Measurement, other: Measurement) -> dict[str, RatioResult]:
+    """Our values by theirs: exact ones as they are, timed ones as medians of the rounds."""
+    made: dict[str, RatioResult] = {}
+    for name in _SIZES:
+        a, b = getattr(ours, name), getattr(theirs, name)
+        if a is not None and b:
+            exact = a / b
+            # Memory is measured as well, if only once; a twentieth of it is the noise of an allocator.
+            noise = 0.05 if name == "bytes_resident" else 0.0
+            made[name] = RatioResult(exact, exact, exact, 1.0, abs(exact - 1) > noise)
+    for name in _SPEEDS:
+        ours_rounds, their_rounds = one.rounds.get(name), other.rounds.get(name)
+        if ours_rounds and their_rounds and all(their_rounds):
+            found = interval_of_ratios(their_rounds, ours_rounds)
+            sure = found.coverage >= SURE and found.differs
+            made[name] = RatioResult(found.median, found.low, found.high, found.coverage, sure)
+    if ours.perplexity and theirs.perplexity:
+        exact = ours.perplexity / theirs.perplexity
+        made["perplexity"] = RatioResult(exact, exact, exact, 1.0, abs(exact - 1) > 0.005)
+    return made
+
+
+def efficiency(row: Quantities, dense: Quantities) -> float | None:
+    """Mean of parameters, operations, bits of a number and bytes of the file, each by the dense model's.
+
+    As arXiv 2309.02031 counts; 1 for the dense model itself. What dense kernels compute and dense files store counts,
+    so zeros alone change nothing.
+    """
+    ours = (row.parameters, row.flops_per_token, row.bytes_disk)
+    theirs = (dense.parameters, dense.flops_per_token, dense.bytes_disk)
+    if None in (*ours, *theirs):
+        return None
+    parts = [a / b for a, b in zip(ours, theirs, strict=True)]  # type: ignore[operator]
+    bits = parts[2] / parts[0]
+    return statistics.mean([*parts, bits])
+
+
+def _machine() -> dict[str, Any]:
+    import platform
+
+    import psutil
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    return {"processor": name, "cores": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}

@@ -1,0 +1,210 @@
+"""One row of `secateur bench`: a model in one runtime and number format, what it is made of, and how it is opened."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+
+from secateur.bench_result import Quantities
+from secateur.checkpoint.reader import CheckpointReader
+from secateur.checkpoint.source import Source, open_source
+from secateur.corpus.load import Text
+from secateur.corpus.windows import windows
+from secateur.engine.binding import Binding
+from secateur.engine.blocks import find_structure
+from secateur.engine.skeleton import build_skeleton
+from secateur.errors import SecateurError, UnsupportedModelError, UsageError
+from secateur.formats.gguf import GGUF, GGUFPlan, values_of
+from secateur.measure.compare import Worker
+from secateur.measure.flops import count_flops
+from secateur.measure.in_turn import Contender
+from secateur.measure.llama_cpp import LlamaCpp
+from secateur.measure.model import load_model
+from secateur.measure.perplexity import perplexity
+from secateur.measure.size import measure_size
+from secateur.progress import Reporter
+from secateur.result import RESULT_FILE
+from secateur.verbs.calibration import load_tokenizer, maximum_length
+from secateur.verbs.evaluate import has_language_head
+from secateur.verbs.inspect import zeros_of_matrices
+
+
+@dataclass
+class Entry:
+    """A model in one runtime and format."""
+
+    name: str
+    source: Source
+    """The folder it is, or was made from."""
+    format: str
+    file: Path | None = None
+    """The ``.gguf`` file, for llama.cpp."""
+    plan: GGUFPlan | None = None
+    quantities: Quantities = field(init=False)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    """Of the quality."""
+    counted: str = ""
+    """How operations were counted."""
+
+    def __post_init__(self) -> None:
+        self.quantities = Quantities(self.name, "llama.cpp" if self.file else "transformers", self.format)
+        self._skeleton = build_skeleton(self.source.folder)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it goes on token by token."""
+        return self._skeleton.can_generate() and not self._skeleton.config.is_encoder_decoder
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a text."""
+        return maximum_length(self._skeleton) or 1 << 20
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens it knows."""
+        embedding = self._skeleton.get_input_embeddings()
+        return int(embedding.weight.shape[0]) if hasattr(embedding, "weight") else 0
+
+    def cuts_like(self, other: Entry) -> bool:
+        """Whether two models have one vocabulary, so that their perplexities can be compared."""
+        if self.source.folder == other.source.folder:
+            return True
+        try:
+            ours, theirs = (load_tokenizer(one.source.folder).get_vocab() for one in (self, other))
+        except SecateurError:
+            return self.vocabulary == other.vocabulary
+        return bool(ours == theirs)
+
+    def tokens_of(self, text: str, count: int) -> list[int]:
+        """The first tokens of a text; fewer where it has fewer, none where the model has no tokenizer."""
+        try:
+            tokenizer = load_tokenizer(self.source.folder)
+        except SecateurError:
+            return []
+        return list(tokenizer(text[: 40 * count], add_special_tokens=False)["input_ids"])[:count]
+
+    def look(self, context: int, reporter: Reporter) -> None:
+        """Count parameters, zeros, bytes and operations.
+
+        Raises:
+            UnsupportedModelError: for a model that takes no row of tokens.
+        """
+        if self._skeleton.config.is_encoder_decoder or not self.vocabulary:
+            raise UnsupportedModelError(
+                f"{self.name}: {type(self._skeleton).__name__} takes no row of tokens",
+                hint="bench measures text models",
+            )
+        row, folder = self.quantities, self.source.folder
+        size = measure_size(folder)
+        row.parameters, row.nonzero = size.parameters, size.nonzero
+        if self.file is not None:
+            row.bytes_disk = self.file.stat().st_size
+        else:
+            same = self.format == size.dtype
+            row.bytes_disk = size.bytes_disk if same else size.bytes_as(getattr(torch, self.format))
+        try:
+            structure = find_structure(self._skeleton)
+            with CheckpointReader(folder) as reader:
+                counts = zeros_of_matrices(structure, Binding(self._skeleton, reader.keys), reader)
+            shares = {matrix.name: counts[matrix.name] / matrix.size for matrix in structure.matrices}
+            flops = count_flops(self._skeleton, shares, context=min(context, self.longest - 1))
+        except UnsupportedModelError as error:
+            row.missing |= dict.fromkeys(("flops_per_token", "sparse_flops_per_token"), error.message)
+            reporter.note(f"operations of {self.name} were not counted: {error.message}")
+        else:
+            row.flops_per_token, row.sparse_flops_per_token = flops.per_token, flops.sparse_per_token
+            self.counted = flops.protocol
+
+    def measure_quality(self, text: Text, length: int, count: int, device: torch.device, reporter: Reporter) -> None:
+        """Perplexity of a text; of a file of llama.cpp, with the numbers it holds, computed in float32."""
+        row = self.quantities
+        if not has_language_head(self._skeleton):
+            row.missing["perplexity"] = f"{type(self._skeleton).__name__} has no language-model head"
+            return
+        try:
+            tokenizer = load_tokenizer(self.source.folder)
+            cut = windows(text.text, tokenizer, length, None)[:count]
+            model = load_model(self.source.folder, device=device.type, dtype="float32" if self.file else self.format)
+            if self.file is not None and self.plan is not None:
+                _take_numbers(model, self.file, self.plan)
+            found = perplexity(model, cut, reporter=reporter)
+        except SecateurError as error:
+            row.missing["perplexity"] = error.message
+            reporter.warn(f"perplexity of {self.name} as {self.format} was not measured: {error.message}")
+            return
+        row.perplexity = found.perplexity
+        if found.perplexity is None:
+            row.missing["perplexity"] = f"it is beyond the largest number ({found.nll_per_token:.0f} nats per token)"
+        self.protocol = {"data": text.origin, "windows": len(cut), "sequence_length": length, "tokens": found.tokens}
+
+    def contender(self, device: str, threads: int, context: int) -> Contender:
+        """How its process is started."""
+        title = f"{self.name} as {self.format}"
+        if self.file is not None:
+            file = self.file
+            return Contender(
+                title, lambda: LlamaCpp(file, context=context + 16, threads=threads, exact=False), "llama.cpp",
+                2 * file.stat().st_size,
+            )  # fmt: skip
+        folder, dtype = self.source.folder, self.format
+        needed = 2 * (self.quantities.bytes_disk or 0)
+        return Contender(
+            title, lambda: Worker(folder, dtype, device=device, threads=threads), "transformers", needed, self.decodes
+        )
+
+
+def stored(name: str, source: Source, dtype: str) -> Entry:
+    """A model in transformers, in a number format or, for auto, in that of its file."""
+    if dtype == "auto":
+        with CheckpointReader(source.folder) as reader:
+            sizes: dict[str, int] = {}
+            for key in reader.keys:
+                info = reader.info(key)
+                if info.dtype.is_floating_point:
+                    kind = str(info.dtype).removeprefix("torch.")
+                    sizes[kind] = sizes.get(kind, 0) + info.nbytes
+        dtype = max(sizes, key=lambda kind: sizes[kind]) if sizes else "float32"
+    return Entry(name, source, dtype)
+
+
+def quantised(name: str, source: Source, kind: str, scratch: Path, reporter: Reporter) -> tuple[Entry | None, str]:
+    """A model as a file of llama.cpp, or None and why it could not be made."""
+    file = scratch / f"{kind}.gguf"
+    reporter.stage(f"writing {kind}", 1)
+    try:
+        plan = GGUF(quantize=kind).plan(source, reporter)
+        plan.write(file, reporter)
+    except SecateurError as error:
+        return None, error.message
+    return Entry(name, source, kind, file, plan), ""
+
+
+def source_of(entry: Entry, reporter: Reporter) -> tuple[str, Source]:
+    """The dense model that a result names, else the model itself."""
+    path = entry.source.folder / RESULT_FILE
+    if not path.is_file():
+        return entry.name, entry.source
+    try:
+        named = str(json.loads(path.read_text(encoding="utf-8"))["source"]["model"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UsageError(f"{path} does not say which model is the dense one", hint="give it with against") from error
+    if not named:
+        raise UsageError("the dense model was in memory when it was pruned", hint="give it with against")
+    reporter.note(f"the dense model is {named}")
+    return named, open_source(named, reporter=reporter)
+
+
+def _take_numbers(model: Any, file: Path, plan: GGUFPlan) -> None:
+    """Give a model the numbers of a file."""
+    parameters = model.state_dict()  # the tensors themselves: what is copied into them, the model computes with
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    with torch.no_grad():
+        for one in plan.tensors:
+            if one.key:
+                parameters[one.key].copy_(one.restore(values_of(file, tensors[one.name])))

@@ -1,0 +1,105 @@
+"""What a comparison means, in plain sentences: per quantity better, worse, or no difference shown, and why."""
+
+from __future__ import annotations
+
+from secateur.bench_result import BenchResult, Quantities, RatioResult
+
+_TIMED = (
+    ("prefill_tokens_per_second", "Reading a prompt"),
+    ("decode_tokens_per_second", "Decoding"),
+    ("decode_tokens_per_second_batch_8", "Decoding eight rows at once"),
+)
+"""Higher is faster. The time to the first token is that of reading the prompt."""
+
+
+def bench_sentences(result: BenchResult) -> list[str]:
+    """One sentence for every quantity and model compared, then what wins at equal bytes."""
+    said: list[str] = []
+    rows = {f"{row.name} ({row.runtime}, {row.format})": row for row in result.against}
+    for name, ratio in result.ratio.items():
+        said += [f"Against {name}: {sentence}" for sentence in _against(result, rows[name], ratio)]
+    return said + _at_equal_bytes(result)
+
+
+def _against(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult]) -> list[str]:
+    said = []
+    if "bytes_disk" in ratio:
+        said.append(_exact("The file", "the bytes", ratio["bytes_disk"], _why_size(ours, theirs, ratio)))
+    if "bytes_resident" in ratio:
+        said.append(_exact("It", "the memory when loaded", ratio["bytes_resident"], ""))
+    if "perplexity" in ratio:
+        found = ratio["perplexity"]
+        word = "worse" if found.median > 1 else "better"
+        values = f"perplexity {ours.perplexity:.2f} and {theirs.perplexity:.2f}"
+        said.append(f"quality is {word} ({values})." if found.differs else f"quality is the same ({values}).")
+    for name, subject in _TIMED:
+        if name in ratio:
+            said.append(_timed(subject, ratio[name], _why_speed(ours, theirs)))
+    if "joules_per_token" in ratio:
+        found = ratio["joules_per_token"]
+        word = "more" if found.median > 1 else "less"
+        interval = f"ratio {found.median:.2f}, between {found.low:.2f} and {found.high:.2f}"
+        said.append(f"a token takes {word} energy ({interval})." if found.differs else
+                    f"no difference shown in energy per token ({interval}).")  # fmt: skip
+    return said
+
+
+def _exact(subject: str, what: str, found: RatioResult, why: str) -> str:
+    first = subject[0].lower() + subject[1:]
+    if not found.differs:
+        return f"{first} takes {what.replace('the ', 'the same ', 1)}{why}."
+    return f"{first} takes {found.median:.2f} times {what}."
+
+
+def _timed(subject: str, found: RatioResult, why: str) -> str:
+    interval = f"ratio {found.median:.2f}, between {found.low:.2f} and {found.high:.2f}"
+    first = subject[0].lower() + subject[1:]
+    if not found.differs:
+        return f"no difference shown in {first} ({interval}){why}."
+    return f"{first} is {'faster' if found.median > 1 else 'slower'} ({interval})."
+
+
+def _has_more_zeros(ours: Quantities, theirs: Quantities) -> bool:
+    return (
+        None not in (ours.nonzero, theirs.nonzero)
+        and ours.parameters == theirs.parameters
+        and (ours.nonzero or 0) < 0.95 * (theirs.nonzero or 0)
+    )
+
+
+def _why_size(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult]) -> str:
+    if not ratio["bytes_disk"].differs and _has_more_zeros(ours, theirs):
+        return ": a dense file stores a zero like any other number"
+    return ""
+
+
+def _why_speed(ours: Quantities, theirs: Quantities) -> str:
+    same = ours.runtime == theirs.runtime and ours.format == theirs.format
+    if same and _has_more_zeros(ours, theirs):
+        return ": the same dense kernels run, and zeros do not make them faster"
+    return ""
+
+
+def _at_equal_bytes(result: BenchResult) -> list[str]:
+    """Which model to take when bytes are what counts: none other as small is as good, or which ones are."""
+    if result.perplexity is None or not result.bytes_disk or not result.against:
+        return []
+    better = [
+        row for row in result.against
+        if row.perplexity is not None and row.bytes_disk is not None
+        and row.bytes_disk <= 1.02 * result.bytes_disk and row.perplexity < result.perplexity
+    ]  # fmt: skip
+    measured = [row for row in result.against if row.perplexity is not None and row.bytes_disk is not None]
+    if not measured:
+        return []
+    ours = f"{result.bytes_disk / 1e6:,.1f} MB, perplexity {result.perplexity:.2f}"
+    if not better:
+        return [
+            f"At equal bytes {result.name} as {result.format} wins ({ours}): nothing compared is as small and better."
+        ]
+    best = min(better, key=lambda row: row.perplexity or 0.0)
+    named = f"{best.name} as {best.format}"
+    assert best.bytes_disk is not None
+    assert best.perplexity is not None
+    theirs = f"{best.bytes_disk / 1e6:,.1f} MB, perplexity {best.perplexity:.2f}"
+    return [f"At equal bytes {named} wins ({theirs}) over {result.name} as {result.format} ({ours})."]
