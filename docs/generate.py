@@ -169,8 +169,8 @@ def coverage() -> str:
             f"Silent failures, a wrong or unloadable result reported as a success: {len(silent)}."
             + "".join(f"\n- {line}" for line in silent),
             f"No entry in the config of {len(bound)} families says fewer heads of the same size (most compute that "
-            "size from the hidden size), so no stock class could load such a model. Of the others with an attention it can "
-            f"be cut in {share([row for row in attentive if row not in bound], 'attention')}.",
+            "size from the hidden size), so no stock class could load such a model. Of the others with an attention it "
+            f"can be cut in {share([row for row in attentive if row not in bound], 'attention')}.",
             "## Families",
             table(["family", "class", *COLUMNS.values()], lines),
             "## Why not",
