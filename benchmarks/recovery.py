@@ -37,10 +37,10 @@ BUDGET = "budget 80%"
 LONG_WAYS = {
     "sparsegpt": {"full kd": LONG, "full lm": LONG, "full kd+lm": HALF, "blocks": LONG},
     "sparsegpt 2:4": {"full kd": LONG, "full kd+lm": HALF, "blocks": HALF},
-    BUDGET: {"lora kd": LONG},
+    BUDGET: {"lora kd": HALF},
 }
-TIMED_WAYS = ("full kd+hidden", "lora kd", "norms-and-biases kd", "blocks")
-"""Those whose token takes clearly more or less time than one of full kd; the others learn as many in its minutes."""
+TIMED_WAYS = ("lora kd", "blocks")
+"""Those whose token takes clearly more or less time than one of full kd; others learn about as many."""
 FAIR = f"sparsegpt, full kd, {SHORT} tokens"
 """The run whose minutes the third group gets."""
 OTHER = " of other text"
