@@ -33,7 +33,7 @@ class Dense:
     """What trials need to know of the dense model."""
 
     values: dict[str, float | None]
-    proxy: float
+    first: float
     """Nats per token on the first windows."""
     seconds: float
     """What measuring its quality took, when it was measured."""

@@ -28,7 +28,7 @@ from secateur.study.workers import Cluster, Died, Inline, Pool, Processes
 from secateur.study_result import StudyResult, Trial
 from secateur.verbs.provenance import versions
 
-REPEATS = 50
+REPEATS = 20
 """A sampler that suggests nothing new so often in a row has tried everything."""
 
 
@@ -74,7 +74,7 @@ class _Run:
         self._tasks: dict[int, Task] = {}
         self._recent: list[str] = []
         self._dense: dict[str, float | None] = {}
-        self._dense_proxy = 0.0
+        self._dense_first = 0.0
         self._dense_seconds = 0.0
         self._grid: Iterator[dict[str, Any]] | None = None
         self._exhausted = False
@@ -88,7 +88,7 @@ class _Run:
         pool: Pool | None = None
         try:
             dense = measure_baselines(self.setup, self.store, self._first, self.reporter)
-            self._dense, self._dense_proxy, self._dense_seconds = dense.values, dense.proxy, dense.seconds
+            self._dense, self._dense_first, self._dense_seconds = dense.values, dense.first, dense.seconds
             self._keep_time()
             check_constraints(self.spec.constraints, self.setup.reach, self._dense)
             self._check_minutes()
@@ -107,7 +107,8 @@ class _Run:
             done = sum(trial.state in ("complete", "stopped", "failed") for trial in self.store.trials())
             self._write()
             raise Interrupted(
-                f"stopped; {done} trials are kept in {self.spec.storage.name}", hint="go on with the same command"
+                f"stopped; finished trials are kept in {self.spec.storage.name}, {done} so far",
+                hint="go on with the same command",
             ) from None
         except BaseException:
             if pool is not None:
@@ -122,7 +123,7 @@ class _Run:
         planned, now = self.store.get("planned"), self._planned()
         if now is not None and planned is not None and now > planned:
             raise StudyError(
-                f"study {self.spec.name} is finished: its test text was used once, on the finalists of {planned} trials",
+                f"study {self.spec.name} is finished: its test text was used once, after {planned} trials",
                 hint="give another name, storage and test text for a larger search",
             )
         self.reporter.note(f"study {self.spec.name} is finished; nothing is left to do")
@@ -269,17 +270,17 @@ class _Run:
 
     def _submit(self, pool: Pool, number: int) -> None:
         trial = self._trial(number)
-        tries = self._tries(number) + 1
+        tries = self._tries(number)
         task = self._task_of(trial, threads=pool.threads)
         recipe, reads_text = self.setup.recipe(trial.settings)
         command = command_line(
             self.spec.model, recipe, self.spec.training(trial.settings), Path(task.out).name, reads_text=reads_text
         )
-        self.store.note(number, tries=tries, command=command)
-        if tries > MOST_TRIES:
+        if tries >= MOST_TRIES:
             how = self.store.told(number, "died") or "the process that ran it was killed"
-            self._tell(number, Outcome("failed", reason=f"begun {MOST_TRIES} times, and each time {how}"))
+            self._tell(number, Outcome("failed", reason=f"begun {tries} times, and each time {how}"))
             return
+        self.store.note(number, tries=tries + 1, command=command)
         self._tasks[number] = task
         pool.submit(task)
 
@@ -313,7 +314,7 @@ class _Run:
                 rivals.append({"number": other.number, "proxy": proxy, "others": known})
         return Bar(
             windows=self.spec.stop.evaluate, factor=self.spec.stop.factor,
-            limits=limits_of(self.spec.constraints, self._dense, self._dense_proxy), rivals=rivals, objectives=others,
+            limits=limits_of(self.spec.constraints, self._dense, self._dense_first), rivals=rivals, objectives=others,
             rivalry=any(name in QUALITY for name in self.spec.objectives),
         )  # fmt: skip
 
@@ -330,8 +331,7 @@ class _Run:
         missed = violations(self.spec.constraints, outcome.values, self._dense)
         met = meets(missed) if outcome.state != "failed" else None
         self.store.tell(number, outcome, list(self.spec.objectives), missed, met)
-        self._keep_time()
-        self._write()
+        self._write(whole=False)
         trial = self._trial(number)
         self.reporter.note(f"trial {number}: {told(trial, self.spec.objectives)}")
         for warning in outcome.warnings:
@@ -351,14 +351,10 @@ class _Run:
 
     def _died(self, pool: Pool, number: int, answer: Died) -> None:
         task = self._tasks.pop(number)
-        tries = self._tries(number)
         self.store.note(number, died=answer.how)
         remove_models(task)
-        if tries < MOST_TRIES:
-            self.reporter.warn(f"trial {number}: {answer.how}; it is tried again")
-            self._submit(pool, number)
-        else:
-            self._tell(number, Outcome("failed", reason=f"begun {tries} times, and each time {answer.how}"))
+        self.reporter.warn(f"trial {number}: {answer.how}")
+        self._submit(pool, number)  # which gives it up when that happened too often
 
     def _trial(self, number: int) -> Trial:
         return next(trial for trial in self.store.trials() if trial.number == number)
@@ -366,9 +362,10 @@ class _Run:
     def _tries(self, number: int) -> int:
         return int(self.store.told(number, "tries") or 0)
 
-    def _write(self) -> StudyResult:
+    def _write(self, *, whole: bool = True) -> StudyResult:
+        """Write what there is; ``whole`` with importances, which take longer the more trials there are."""
         self._keep_time()
-        result = result_of(self.store)
+        result = result_of(self.store, importances=whole)
         write_result(self.spec.storage, result)
         return result
 

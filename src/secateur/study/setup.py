@@ -101,7 +101,8 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
     source = open_source(spec.model, reporter=reporter)
     check_model_folder(source.folder)
     skeleton = build_skeleton(source.folder)
-    if not has_language_head(skeleton) or skeleton.config.is_encoder_decoder:
+    decodes = skeleton.can_generate() and not skeleton.config.is_encoder_decoder
+    if not (decodes and has_language_head(skeleton)):
         raise UnsupportedModelError(
             f"{type(skeleton).__name__} has no next-token logits: studies compare perplexity yet",
             hint="take a decoder-only language model",

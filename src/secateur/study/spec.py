@@ -153,14 +153,7 @@ class StudySpec:
             values["method_options"] = {
                 name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)
             }
-        units = {*structure.split(",")} - {"depth", NONE}
-        for key, value in self.fixed.items():
-            looked_at = {
-                **dict.fromkeys(SINGLE, structure == NONE), "depth_by": "depth" in structure.split(","),
-                **{name: bool(units & {*those}) for name, those in LOOKED_AT.items()},
-            }.get(key, True)  # fmt: skip
-            if looked_at:
-                values[key] = value
+        values |= {key: value for key, value in self.fixed.items() if _means_something(key, structure)}
         return Recipe.from_dict(values, where="study")
 
     def training(self, settings: Mapping[str, Any]) -> Training | None:
@@ -275,11 +268,24 @@ def _check(spec: StudySpec, where: str) -> None:
     check_constraints(spec.constraints, {"sparsity": Reach(low, high, "by the sparsities of the space")}, {})
     if spec.out == spec.storage or spec.storage.is_dir():
         raise StudyError(f"{where}: storage {spec.storage} is a folder", hint="give a file, such as study.db")
+    structures = {name for space in spec.spaces for name in space.structures}
+    for key in spec.fixed:
+        if key not in KEYS and not any(_means_something(key, structure) for structure in structures):
+            raise StudyError(f"{where}: fixed {key} has no meaning with structure {', '.join(sorted(structures))}",
+                             hint="leave it out")  # fmt: skip
     for space in spec.spaces:
         if spec.sampler == "grid":
             _ = space.combinations  # a range without a step is refused
         for settings in space.grid() if spec.sampler == "grid" else _corners(space):
             spec.recipe(settings)  # a Recipe refuses what cannot be run
+
+
+def _means_something(key: str, structure: str) -> bool:
+    """Whether a fixed field is looked at where this structure goes; those that can be varied come with the space."""
+    names = {*structure.split(",")}
+    if key in LOOKED_AT:
+        return bool(names & {*LOOKED_AT[key]})
+    return key in FIXED and {**dict.fromkeys(SINGLE, structure == NONE), "depth_by": "depth" in names}.get(key, True)
 
 
 def _corners(space: Space) -> Iterator[dict[str, Any]]:
@@ -308,7 +314,7 @@ def _spaces(data: Any, fixed: dict[str, Any], where: str) -> tuple[Space, ...]:
     given = {key: value for key, value in fixed.items() if key in KEYS and key not in ("recovery", "method_options")}
     if given.get("structure") == NONE:
         given.pop("structure")
-    Recipe.from_dict({**given, **{key: fixed[key] for key in FIXED if key in fixed}}, where=f"{where}: fixed")
+    Recipe.from_dict(given, where=f"{where}: fixed")
     several = data if isinstance(data, list) else [data]
     if not several:
         raise StudyError(f"{where}: space is empty", hint="for example: space: {sparsity: [0.3, 0.5, 0.7]}")

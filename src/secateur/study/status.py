@@ -57,8 +57,8 @@ def write_result(storage: Path, result: StudyResult) -> None:
         raise StudyError(f"{path} cannot be written: {error.strerror}") from None
 
 
-def result_of(store: Store) -> StudyResult:
-    """Everything that the storage says, and what follows from it."""
+def result_of(store: Store, *, importances: bool = True) -> StudyResult:
+    """Everything that the storage says, and what follows from it; importances are left out when not asked for."""
     identity = store.identity
     trials = store.trials()
     points = points_of(trials, identity["objectives"])
@@ -67,13 +67,13 @@ def result_of(store: Store) -> StudyResult:
     complete = [trial for trial in trials if trial.state == "complete"]
     if complete and not front:
         warnings.append("no complete trial meets the constraints, so there is no front and nothing to recommend")
-    importances: dict[str, dict[str, float]] = {}
-    if len(complete) >= FEWEST:
+    shares: dict[str, dict[str, float]] = {}
+    if importances and len(complete) >= FEWEST:
         try:
-            importances = store.importances(identity["objectives"])
+            shares = store.importances(identity["objectives"])
         except RunError as error:
             warnings.append(f"there are no importances: {error.message}")
-    elif store.get("finished", False):
+    elif importances and store.get("finished", False):
         warnings.append(f"importances of settings need {FEWEST} complete trials, there are {len(complete)}")
     baselines = [Trial(**one) for one in store.get("baselines", [])]
     failed = sum(trial.state == "failed" for trial in trials)
@@ -93,7 +93,7 @@ def result_of(store: Store) -> StudyResult:
         finalists=[Trial(**one) for one in store.get("finalists", [])],
         recommended=knee_of(points, front),
         recommended_by=how_recommended(identity["objectives"]) if front else "",
-        importances=importances,
+        importances=shares,
         spent=_spent(store, trials, baselines),
         machine=store.get("machine", {}),
         versions=store.get("versions", {}),

@@ -27,16 +27,20 @@ class Bar:
 
 
 def limits_of(
-    constraints: Sequence[Constraint], dense: Mapping[str, float | None], dense_proxy: float
+    constraints: Sequence[Constraint], dense: Mapping[str, float | None], dense_first: float
 ) -> list[tuple[str, float]]:
-    """The limits on quality, carried over to the first windows by the dense model, which was measured on both."""
+    """The limits on quality, carried over to the first windows by the dense model, which was measured on both.
+
+    Args:
+        dense_first: nats per token of the dense model on the first windows.
+    """
     found = []
     whole = dense.get("nll_per_token")
     for one in constraints:
         limit = one.limit(dense)
         if one.name in QUALITY and one.at_most and limit and whole is not None:
             nll = math.log(limit) if one.name == "perplexity" else limit
-            found.append((one.text, nll + math.log(dense_proxy) - whole))
+            found.append((one.text, nll + dense_first - whole))
     return found
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import os
+import sqlite3
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -290,13 +292,28 @@ class Store:
 
 
 def _open(optuna: Any, path: Path) -> Any:
+    _check_file(path)
     try:
         return optuna.storages.RDBStorage(
             f"sqlite:///{path.resolve()}", engine_kwargs={"connect_args": {"timeout": 60}}
         )
     except Exception as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        raise StudyError(f"{path} is no storage of Optuna: {reason}", hint="name another storage file") from error
+        raise StudyError(f"{path} is no storage of a study: {reason}", hint="name another storage file") from error
+
+
+def _check_file(path: Path) -> None:
+    """See that a file is Optuna's before Optuna adds its tables to it."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    hint = "name another storage file"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            tables = {name for (name,) in connection.execute("select name from sqlite_master where type = 'table'")}
+    except sqlite3.Error as error:
+        raise StudyError(f"{path} is no storage of a study: {error}", hint=hint) from None
+    if not {"studies", "version_info"} <= tables:
+        raise StudyError(f"{path} is no storage of a study: it is another program's database", hint=hint)
 
 
 def _check_identity(path: Path, stored: Any, identity: Mapping[str, Any]) -> None:

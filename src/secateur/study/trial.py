@@ -131,7 +131,7 @@ def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     if bar is not None:
         measuring = Measuring(load_model(pruned, device=task.device), windows, task.first, recorder)
         nll = measuring.first()
-        outcome.proxy = _number(exp(nll))
+        outcome.proxy = outcome.values["proxy_perplexity"] = _number(exp(nll))
         if reason := hopeless(bar, nll, outcome.values):
             outcome.state, outcome.reason = "stopped", reason
             return
@@ -144,7 +144,7 @@ def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     found = measuring.all()
     outcome.values |= {"nll_per_token": found.nll, "perplexity": _number(exp(found.nll))}
     if bar is None:
-        outcome.proxy = _number(exp(found.first))
+        outcome.proxy = outcome.values["proxy_perplexity"] = _number(exp(found.first))
     del measuring
     counted, outcome.missing = measure_flops(folder, {} if task.recipe["structure"] else outcome.sparsity)
     outcome.values |= counted
