@@ -34,7 +34,8 @@ def test_constraints_are_read(text, name, at_most, limit):
 
 @pytest.mark.parametrize(
     "text",
-    ["perplexity < 3", "perplexity", "perplexity <= ", "perplexity <= many", "perplexity <= 150MB", "sparsity >= 2x", "perplexity <= 0x", "bytes_disk <= -1", 5]
+    ["perplexity < 3", "perplexity", "perplexity <= ", "perplexity <= many", "perplexity <= 150MB",
+     "sparsity >= 2x", "perplexity <= 0x", "bytes_disk <= -1", 5],
 )  # fmt: skip
 def test_other_texts_are_refused(text):
     with pytest.raises(StudyError):

@@ -9,6 +9,7 @@ import typer
 
 from secateur.cli import console, study_tables
 from secateur.cli.options import MACHINE_PANEL, Debug, Json, Quiet
+from secateur.progress import Recorder
 
 app = typer.Typer(
     help="Search a space of settings on your model, within your budget, for those that suit your constraints.",
@@ -57,9 +58,11 @@ def run(
         spec = load_study(study)  # refused before anything heavy is loaded
         from secateur.study.run import run_study
 
-        result = run_study(spec, workers=workers, ray=ray, reporter=reporter)
+        told = Recorder(reporter)
+        result = run_study(spec, workers=workers, ray=ray, reporter=told)
         for warning in result.warnings:
-            reporter.warn(warning)
+            if warning not in told.warnings:
+                reporter.warn(warning)
     console.emit(result, json=json, render=lambda: study_tables.study(result))
 
 

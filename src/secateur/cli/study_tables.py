@@ -51,7 +51,7 @@ def _trials(result: StudyResult, columns: Sequence[str]) -> Table:
     if len(shown) > SHOWN:
         shown = sorted(_best_first(result)[:SHOWN], key=lambda trial: trial.number)
     for trial in shown:
-        state = trial.state
+        state: str = trial.state
         if trial.state == "complete":
             state = "misses a constraint" if trial.meets is False else "on the front" * (trial.number in result.front)
         _row(table, trial, setting_of(trial), columns, state)

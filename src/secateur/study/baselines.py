@@ -123,4 +123,5 @@ def _decode(folder: Path, setup: Setup) -> float:
         request = {"prompt_tokens": setup.prompt, "new_tokens": NEW_TOKENS}
         worker.ask("decode", **request)
         answers = [worker.ask("decode", **request) for _ in range(ROUNDS)]
-    return statistics.median(answer["tokens"] / answer["seconds"] for answer in answers)
+    speeds: list[float] = [answer["tokens"] / answer["seconds"] for answer in answers]
+    return statistics.median(speeds)

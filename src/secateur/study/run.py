@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from secateur.budgets import parse_size
 from secateur.errors import Interrupted, StudyError
 from secateur.progress import Recorder, Reporter
 from secateur.study.baselines import measure_baselines
+from secateur.study.clock import Clock
 from secateur.study.command import command_line
 from secateur.study.finals import measure_finalists
 from secateur.study.setup import Setup, set_up, windows_folder
@@ -68,14 +68,12 @@ class _Run:
 
     def __init__(self, setup: Setup, store: Store, reporter: Recorder) -> None:
         self.setup, self.spec, self.store, self.reporter = setup, setup.spec, store, reporter
-        self._started = time.monotonic()
-        self._before = float(store.get("spent", {}).get("seconds", 0.0))
+        self._clock = Clock(setup.spec, store)
         self._windows = Path()
         self._tasks: dict[int, Task] = {}
         self._recent: list[str] = []
         self._dense: dict[str, float | None] = {}
         self._dense_first = 0.0
-        self._dense_seconds = 0.0
         self._grid: Iterator[dict[str, Any]] | None = None
         self._exhausted = False
 
@@ -88,10 +86,12 @@ class _Run:
         pool: Pool | None = None
         try:
             dense = measure_baselines(self.setup, self.store, self._first, self.reporter)
-            self._dense, self._dense_first, self._dense_seconds = dense.values, dense.first, dense.seconds
-            self._keep_time()
+            self._dense, self._dense_first = dense.values, dense.first
+            self._clock.dense_seconds = dense.seconds
+            self._clock.keep()
             check_constraints(self.spec.constraints, self.setup.reach, self._dense)
-            self._check_minutes()
+            self._check_measured()
+            self._clock.check(self._counted())
             if self.store.get("chosen") is None:
                 pool = self._pool(workers, ray)
                 self.store.put("machine", {**self.store.get("machine"), "threads": pool.threads,
@@ -158,42 +158,17 @@ class _Run:
     def _first(self) -> int:
         return self.spec.stop.evaluate if self.spec.stop is not None else FEW_WINDOWS
 
-    # Time
-
-    def _elapsed(self) -> float:
-        return self._before + time.monotonic() - self._started
-
-    def _keep_time(self) -> None:
-        self.store.put("spent", {**self.store.get("spent", {}), "seconds": self._elapsed()})
-
-    def _check_minutes(self) -> None:
-        """Refuse a budget in minutes in which nothing could be tried.
+    def _check_measured(self) -> None:
+        """Refuse objectives and constraints that even the dense model has no value of.
 
         Raises:
-            StudyError: saying how much is needed.
+            StudyError: with the reason.
         """
-        if self.spec.minutes is None or self._counted():
-            return
-        # A trial is pruned and measured, and a finalist is measured once more.
-        needed = self._before_trials() + 3 * self._dense_seconds
-        if needed > 60 * self.spec.minutes:
-            raise StudyError(
-                f"a budget of {self.spec.minutes:g} minutes is too small: the baselines took "
-                f"{self._before_trials() / 60:.2g} minutes, and with one trial and one finalist at least "
-                f"{needed / 60:.2g} are needed",
-                hint=f"give budget: {{minutes: {max(1, -(-needed // 60)):g}}} or more; what was measured is kept",
-            )
-
-    def _before_trials(self) -> float:
-        return float(self.store.get("spent", {}).get("baseline_seconds", 0.0))
-
-    def _time_left(self) -> bool:
-        """Whether another trial, as long as the others on average, would leave time for the finalists."""
-        if self.spec.minutes is None:
-            return True
-        took = [trial.seconds for trial in self.store.trials() if trial.seconds]
-        one = sum(took) / len(took) if took else self._dense_seconds
-        return self._elapsed() + one + self.spec.finalists * self._dense_seconds <= 60 * self.spec.minutes
+        dense = Trial(**self.store.get("baselines")[0])
+        for name in sorted(self.spec.wanted - {"seconds"}):
+            if dense.values.get(name) is None:
+                why = dense.missing.get(name, "it is too large for a number")
+                raise StudyError(f"{name} of the dense model is not known: {why}", hint="leave it out of the study")
 
     # Trials
 
@@ -237,7 +212,7 @@ class _Run:
         running = len(self._tasks)
         if self.spec.trials is not None and self._counted() + running >= self.spec.trials:
             return True
-        return not self._time_left()
+        return not self._clock.left()
 
     def _next(self) -> int | None:
         """Begin the next trial; None when there is none, or the budget is used up."""
@@ -330,6 +305,8 @@ class _Run:
     def _tell(self, number: int, outcome: Outcome) -> None:
         missed = violations(self.spec.constraints, outcome.values, self._dense)
         met = meets(missed) if outcome.state != "failed" else None
+        if outcome.state == "complete":
+            met = bool(met)  # a limit on what could not be measured is not met
         self.store.tell(number, outcome, list(self.spec.objectives), missed, met)
         self._write(whole=False)
         trial = self._trial(number)
@@ -364,7 +341,7 @@ class _Run:
 
     def _write(self, *, whole: bool = True) -> StudyResult:
         """Write what there is; ``whole`` with importances, which take longer the more trials there are."""
-        self._keep_time()
+        self._clock.keep()
         result = result_of(self.store, importances=whole)
         write_result(self.spec.storage, result)
         return result

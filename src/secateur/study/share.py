@@ -175,7 +175,8 @@ def link_copy(source: Path, target: Path) -> None:
 
 def load_windows(path: Path) -> dict[str, torch.Tensor]:
     """Windows of ``choice`` and ``test``."""
-    return load_file(path)
+    found: dict[str, torch.Tensor] = load_file(path)
+    return found
 
 
 def _key(**parts: Any) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections import deque
 from dataclasses import dataclass
@@ -142,9 +144,19 @@ def how_it_ended(code: int | None) -> str:
     return f"ended with status {code}"
 
 
+def _end_with_parent() -> None:
+    """Do not work on when the parent was killed: the next run tries the same trial in the same folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
 def _serve(connection: Connection, threads: int) -> None:
     """A worker process: one trial after the other until the parent goes away."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    os.dup2(2, 1)  # stdout is the parent's, for its result
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
@@ -171,7 +183,7 @@ class Cluster:
     def __init__(self, address: str, *, cpus: float, gpus: float, memory: int | None) -> None:
         self._ray = ray = import_ray()
         if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
                      if address == "local" else None)  # fmt: skip
             self._ours = True
         else:
