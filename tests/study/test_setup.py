@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 
 from secateur.errors import CalibrationError, SecateurError, StudyError, UnsupportedModelError, UsageError
 from secateur.progress import Recorder
+from secateur.study.flops import measure_flops
 from secateur.study.setup import set_up
 from secateur.study.spec import load_study
 from tests.models import save_tiny
@@ -56,6 +60,27 @@ def test_what_could_not_be_measured_is_refused(case, place):
     assert raised.value.exit_code == 2
     assert not (place / "tiny.db").exists()
     assert not (place / "tiny").exists()
+
+
+def test_without_a_counter_operations_are_missing_with_the_reason(place, monkeypatch):
+    monkeypatch.setattr("secateur.study.flops.MODULE", "secateur.measure.no_such_counter")
+    values, missing = measure_flops(place / "model", {})
+    assert values == {"flops_per_token": None, "sparse_flops_per_token": None}
+    assert set(missing) == set(values)
+    with pytest.raises(StudyError, match="cannot be counted"):
+        opened(place, objectives={"perplexity": "minimize", "flops_per_token": "minimize"})
+
+
+def test_operations_are_asked_of_the_counter(place, monkeypatch):
+    def count(skeleton, zeros):
+        return SimpleNamespace(per_token=float(skeleton.num_parameters()), sparse_per_token=len(zeros) + 0.5)
+
+    monkeypatch.setattr("secateur.study.flops.can_count", lambda: True)
+    monkeypatch.setitem(sys.modules, "secateur.measure.flops", SimpleNamespace(count_flops=count))
+    values, missing = measure_flops(place / "model", {"a": 0.5, "b": 0.5})
+    assert values["flops_per_token"] > 10_000
+    assert values["sparse_flops_per_token"] == 2.5
+    assert missing == {}
 
 
 def test_an_encoder_has_no_perplexity_to_compare(place, tmp_path):

@@ -143,9 +143,7 @@ class _Run:
         if self.spec.sampler == "grid" and self.spec.trials is not None:
             total = sum(1 for _ in self.spec.grid())
             if self.spec.trials < total:
-                self.reporter.warn(
-                    f"the budget of {self.spec.trials} trials covers the first of the {total} of the grid"
-                )
+                self.reporter.warn(f"the grid has {total} settings: the first {self.spec.trials} are tried")
         self.store.put("warnings", self.reporter.warnings)
 
     def _planned(self) -> int | None:

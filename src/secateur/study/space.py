@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ class Space:
         return min(ends), max(ends)
 
 
+@functools.cache
 def _methods(structure: str) -> dict[str, str]:
     """What chooses for a structure, by name; nothing where only whole blocks go."""
     names = set(structure.split(","))

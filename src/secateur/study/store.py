@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sqlite3
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from secateur.seeds import derived_seed
 from secateur.study.space import Space, Values
 from secateur.study.spec import StudySpec
 from secateur.study.trial import Outcome
+from secateur.study.values import Direction
 from secateur.study_result import Trial
 
 MOST_TRIES = 3
@@ -273,21 +275,22 @@ class Store:
         """What `note` or `tell` kept about a trial."""
         return self._frozen(number).user_attrs.get(key)
 
-    def importances(self, objectives: Iterable[str]) -> dict[str, dict[str, float]]:
+    def importances(self, objectives: Mapping[str, Direction]) -> dict[str, dict[str, float]]:
         """Objective -> setting -> share, by Optuna's PED-ANOVA over the complete trials.
 
         Raises:
             RunError: when Optuna cannot tell them; the message has its reason.
         """
         found: dict[str, dict[str, float]] = {}
-        for at, name in enumerate(objectives):
+        for at, (name, way) in enumerate(objectives.items()):
+            sign = 1 if way == "minimize" else -1  # what is small is good to PED-ANOVA
             try:
                 shares = self._optuna.importance.get_param_importances(
-                    self._study, target=lambda trial, at=at: trial.values[at]
+                    self._study, target=lambda trial, at=at, sign=sign: sign * trial.values[at]
                 )
             except Exception as error:
                 raise RunError(f"importances of {name}: {' '.join(str(error).split())}") from error
-            found[name] = {key: float(value) for key, value in shares.items()}
+            found[name] = {key: float(value) for key, value in shares.items() if math.isfinite(value)}
         return found
 
 

@@ -125,6 +125,9 @@ def make_model(task: Task, outcome: Outcome, recorder: Recorder) -> None:
 
 def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     pruned = _prune(task, outcome, recorder)
+    # Recovery changes neither shapes nor zeros, so operations are known already.
+    counted, outcome.missing = measure_flops(pruned, {} if task.recipe["structure"] else outcome.sparsity)
+    outcome.values |= counted
     windows = load_windows(Path(task.windows))["choice"]
     bar = None if task.bar is None else Bar(**task.bar)
     measuring = None
@@ -146,8 +149,6 @@ def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     if bar is None:
         outcome.proxy = outcome.values["proxy_perplexity"] = _number(exp(found.first))
     del measuring
-    counted, outcome.missing = measure_flops(folder, {} if task.recipe["structure"] else outcome.sparsity)
-    outcome.values |= counted
     if task.speed:
         _speed(task, folder, outcome, recorder)
 
