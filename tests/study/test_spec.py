@@ -60,6 +60,7 @@ BAD = {
     "windows of one token": ({"data": {"sequence-length": 1}}, StudyError, "at least 2"),
     "stop without quality": ({"objectives": {"nonzero": "minimize"}, "stop": {}}, StudyError, "perplexity"),
     "stop that stops the best": ({"stop": {"factor": 0.5}}, StudyError, "at least 1"),
+    "stop that looks at more than there is": ({"stop": {"evaluate": 7}}, StudyError, "7 windows"),
     "no finalists": ({"finalists": 0}, StudyError, "at least 1"),
     "unknown baseline": ({"baselines": ["bf16"]}, UnknownNameError, "bfloat16"),
     "memory without unit": ({"resources": {"memory": "lots"}}, StudyError, "4GB"),

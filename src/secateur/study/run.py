@@ -75,6 +75,7 @@ class _Run:
         self._dense: dict[str, float | None] = {}
         self._dense_first = 0.0
         self._grid: Iterator[dict[str, Any]] | None = None
+        self._spans: dict[str, Values] = {}
         self._exhausted = False
 
     def all(self, workers: int, ray: str | None) -> StudyResult:
@@ -230,16 +231,16 @@ class _Run:
         return None
 
     def _next_of_grid(self) -> int | None:
-        done = [trial.settings for trial in self.store.trials()]
         if self._grid is None:
+            done = [trial.settings for trial in self.store.trials()]
             self._grid = (settings for settings in self.spec.grid() if settings not in done)
+            self._spans = _spans(self.spec)
         settings = next(self._grid, None)
         if settings is None:
             self._exhausted = True
             return None
-        spans = _spans(self.spec)
-        params = {name: value for name, value in settings.items() if name in spans}
-        return self.store.begin(settings, params, spans)
+        params = {name: value for name, value in settings.items() if name in self._spans}
+        return self.store.begin(settings, params, self._spans)
 
     def _submit(self, pool: Pool, number: int) -> None:
         trial = self._trial(number)

@@ -51,7 +51,7 @@ def save_windows(folder: Path, choice: torch.Tensor, test: torch.Tensor) -> Path
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"choice": choice.contiguous(), "test": test.contiguous()}, partial)
+        save_file({"choice": choice.contiguous(), "test": test.clone()}, partial)
         partial.replace(path)
     return path
 

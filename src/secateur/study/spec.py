@@ -120,11 +120,11 @@ class StudySpec:
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """Every setting once, space after space."""
-        seen: list[dict[str, Any]] = []
+        seen: set[str] = set()
         for space in self.spaces:
             for settings in space.grid():
-                if settings not in seen:
-                    seen.append(settings)
+                if (key := str(sorted(settings.items()))) not in seen:
+                    seen.add(key)
                     yield settings
 
     @property
@@ -268,6 +268,11 @@ def _check(spec: StudySpec, where: str) -> None:
     check_constraints(spec.constraints, {"sparsity": Reach(low, high, "by the sparsities of the space")}, {})
     if spec.out == spec.storage or spec.storage.is_dir():
         raise StudyError(f"{where}: storage {spec.storage} is a folder", hint="give a file, such as study.db")
+    if spec.stop is not None and spec.stop.evaluate > spec.data.windows:
+        raise StudyError(
+            f"{where}: stop looks at {spec.stop.evaluate} windows first, and data has {spec.data.windows} in all",
+            hint="give stop: evaluate a smaller number",
+        )
     structures = {name for space in spec.spaces for name in space.structures}
     for key in spec.fixed:
         if key not in KEYS and not any(_means_something(key, structure) for structure in structures):
