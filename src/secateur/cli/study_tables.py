@@ -59,13 +59,15 @@ def _trials(result: StudyResult, columns: Sequence[str]) -> Table:
 
 
 def _best_first(result: StudyResult) -> list[Trial]:
+    """The front first, then by the first objective; those without a value last."""
     name, way = next(iter(result.objectives.items()))
-    worst = float("inf") if way == "minimize" else float("-inf")
-    return sorted(
-        result.trials,
-        key=lambda trial: (trial.number not in result.front, trial.values.get(name) or worst),
-        reverse=False,
-    )
+    sign = 1 if way == "minimize" else -1
+
+    def place(trial: Trial) -> tuple[bool, float]:
+        value = trial.values.get(name)
+        return trial.number not in result.front, float("inf") if value is None else sign * value
+
+    return sorted(result.trials, key=place)
 
 
 def _row(table: Table, trial: Trial, title: str, columns: Sequence[str], state: str) -> None:
