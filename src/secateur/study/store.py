@@ -285,9 +285,11 @@ class Store:
         for at, (name, way) in enumerate(objectives.items()):
             sign = 1 if way == "minimize" else -1  # what is small is good to PED-ANOVA
             try:
-                shares = self._optuna.importance.get_param_importances(
-                    self._study, target=lambda trial, at=at, sign=sign: sign * trial.values[at]
-                )
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # it says that small is good, which the sign sees to
+                    shares = self._optuna.importance.get_param_importances(
+                        self._study, target=lambda trial, at=at, sign=sign: sign * trial.values[at]
+                    )
             except Exception as error:
                 raise RunError(f"importances of {name}: {' '.join(str(error).split())}") from error
             found[name] = {key: float(value) for key, value in shares.items() if math.isfinite(value)}
