@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from secateur.progress import Recorder
 from secateur.study import run_study
-from secateur.study.spec import load_study
 from secateur.study.trial import Outcome, Task
 from secateur.study.workers import Died, Processes, how_it_ended
 from tests.study.studies import StandIn, write_study
@@ -123,47 +120,41 @@ def test_workers_and_ray_contradict_each_other(place):
             run_study(write_study(place), **arguments)
 
 
-def test_trials_on_a_ray_cluster_survive_a_worker_that_is_killed(place, tmp_path):
-    pytest.importorskip("ray", reason="the extra ray is not installed")
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    """A cluster of several processes on this machine."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "200000")  # a machine under load is slow to start it
+    try:
+        ray.init(address="local", num_cpus=2, log_to_driver=False, include_dashboard=False)
+    except Exception as error:  # noqa: BLE001 - where it may open no ports, Ray fails in ways of its own
+        pytest.skip(f"Ray does not start here: {type(error).__name__}")
+    yield ray
+    ray.shutdown()
+
+
+def test_a_study_on_a_ray_cluster_survives_a_worker_that_is_killed(ray_cluster, place, monkeypatch):
     from secateur.study.workers import Cluster
 
-    spec = load_study(write_study(place))
-    assert spec.resources.cpus == 1
-    try:
-        cluster = Cluster("local", cpus=1, gpus=0, memory=None)
-    except Exception as error:  # noqa: BLE001 - where it may not open ports, Ray fails in many ways
-        pytest.skip(f"Ray does not start here: {type(error).__name__}")
-    try:
-        import ray
+    def die(text: str) -> str:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return text
 
-        assert cluster.capacity >= 1
-        cluster.submit(hopeless_task(0, tmp_path))
-        ((number, outcome),) = cluster.wait()
-        assert (number, outcome.state) == (0, "failed")
+    real, killed = Cluster.submit, []
 
-        def die(text: str) -> str:
-            os.kill(os.getpid(), signal.SIGKILL)
-            return text
+    def submit(self, task):
+        if killed:
+            real(self, task)
+            return
+        killed.append(task.number)
+        self._busy[ray_cluster.remote(num_cpus=1, max_retries=0)(die).remote(task.to_json())] = task.number
 
-        cluster._run, real = ray.remote(num_cpus=1, max_retries=0)(die), cluster._run
-        cluster.submit(hopeless_task(1, tmp_path))
-        ((number, died),) = cluster.wait()
-        assert (number, type(died)) == (1, Died)
-        cluster._run = real
-        cluster.submit(hopeless_task(1, tmp_path))
-        ((number, outcome),) = cluster.wait()
-        assert (number, outcome.state) == (1, "failed")
-    finally:
-        cluster.close()
-
-
-def test_nothing_of_a_closed_pool_stays(tmp_path):
-    pool = Processes(2)
-    pool.submit(hopeless_task(0, tmp_path))
-    ((process, _),) = pool._busy.values()
-    pool.close()
-    deadline = time.monotonic() + 30
-    while process.is_alive() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not process.is_alive()
-    assert SimpleNamespace(busy=pool._busy, idle=pool._idle) == SimpleNamespace(busy={}, idle=[])
+    monkeypatch.setattr(Cluster, "submit", submit)
+    recorder = Recorder()
+    space = {"method": "magnitude", "sparsity": 0.5}
+    result = run_study(write_study(place, space=space), ray="local", reporter=recorder)
+    (trial,) = result.trials
+    assert (trial.state, trial.tries, trial.values["sparsity"]) == ("complete", 2, 0.5), trial.reason
+    assert any("trial 0: its Ray worker is gone" in warning for warning in recorder.warnings)
+    assert result.machine["trials_at_once"] == 2
+    assert len(result.finalists) == 1
