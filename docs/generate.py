@@ -16,7 +16,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def command_reference() -> str:
     if not isinstance(group, TyperGroup):
         raise SystemExit("error: the command line has no sub-commands")
     parts = []
-    for name, command in group.commands.items():
+    for name, command in leaves(group):
         arguments = [p for p in command.params if isinstance(p, TyperArgument)]
         options = [p for p in command.params if isinstance(p, TyperOption)]
         usage = " ".join(str(a.metavar) if a.required else f"[{a.metavar}]" for a in arguments)
@@ -75,6 +75,15 @@ def command_reference() -> str:
             rows = [[flags(o), o.help or "", default(o)] for o in options if o.rich_help_panel == panel]
             parts.append(table([panel or "flag", "meaning", "default"], rows))
     return "\n\n".join(parts)
+
+
+def leaves(group: TyperGroup, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every command under its whole name, those of groups of commands too."""
+    for name, command in group.commands.items():
+        if isinstance(command, TyperGroup):
+            yield from leaves(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
 
 
 def flags(option: TyperOption) -> str:

@@ -31,6 +31,10 @@ class RecipeError(UsageError):
     """The recipe file cannot be read, or has a key or value that is not known."""
 
 
+class StudyError(UsageError):
+    """A study that cannot be read, that asks for what cannot be, or whose storage belongs to another one."""
+
+
 class UnknownNameError(UsageError):
     """A name (method, allocation, pattern ...) that is not in the list of known ones."""
 

@@ -33,6 +33,13 @@ class Trial(Plain):
     """Of a baseline: dense, int8, 4-bit."""
     sparsity: dict[str, float] = field(default_factory=dict)
     """Prunable matrix -> share of its weights that are zero."""
+    tries: int = 1
+    """How often it was begun: more than once when a process that worked on it died."""
+    out: str = ""
+    """Folder of its model, while that is kept."""
+    warnings: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    """Name of a value that is None -> why it was not measured."""
 
 
 @dataclass
@@ -46,19 +53,24 @@ class StudyResult(Plain):
     data: dict[str, str]
     """What calibration, choice and test are measured on."""
     finished: bool
+    planned: int | None = None
+    """Trials there will be; None where only the time is set."""
     baselines: list[Trial] = field(default_factory=list)
     """Measured like the trials, but not chosen by the study: dense first."""
     trials: list[Trial] = field(default_factory=list)
     front: list[int] = field(default_factory=list)
-    """Complete trials that meet the constraints and that no other betters in every objective, by number."""
+    """Numbers of the complete trials that meet the constraints and that no other betters in every objective."""
     finalists: list[Trial] = field(default_factory=list)
     """Those measured on the test text, once, at the end; ``values`` are of that text."""
     recommended: int | None = None
     """Number of the trial a user should take."""
+    recommended_by: str = ""
+    """How it was chosen."""
     importances: dict[str, dict[str, float]] = field(default_factory=dict)
     """Objective -> setting -> share of the objective's variance that hangs on it."""
     spent: dict[str, float] = field(default_factory=dict)
-    """seconds in all, and of them seconds of trials, of baselines, and saved by sharing."""
+    """seconds in all, and of them trial_seconds, baseline_seconds and finalist_seconds; saved_seconds by sharing, at
+    what the shared work took when it was done; shared_models and shared_baselines, how often."""
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)

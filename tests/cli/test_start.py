@@ -12,6 +12,7 @@ import pytest
 import secateur
 
 HEAVY = {"torch", "transformers", "numpy", "accelerate", "safetensors", "datasets", "huggingface_hub", "gguf"}
+HEAVY |= {"optuna", "ray", "sqlalchemy"}
 SOURCE = Path(secateur.__file__).parent.parent
 
 STARTS = {
@@ -20,6 +21,8 @@ STARTS = {
     "help": "from secateur.cli.app import main; main(['--help'])",
     "help of prune": "from secateur.cli.app import main; main(['prune', '--help'])",
     "help of export": "from secateur.cli.app import main; main(['export', '--help'])",
+    "help of study": "from secateur.cli.app import main; main(['study', 'run', '--help'])",
+    "bad study": "from secateur.cli.app import main; main(['study', 'run', 'papper'])",
     "methods": "from secateur.cli.app import main; main(['methods'])",
     "method": "from secateur.cli.app import main; main(['methods', 'sparsegpt'])",
     "bad usage": "from secateur.cli.app import main; main(['prune', 'm', '--sparsity', '2'])",

@@ -1,0 +1,127 @@
+"""The models that trials are compared with: the dense one, and the dense one in another number format"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.checkpoint.folder import OutputFolder
+from secateur.errors import SecateurError
+from secateur.measure.compare import Worker
+from secateur.measure.size import measure_size
+from secateur.progress import Reporter
+from secateur.recipe import Recipe
+from secateur.study.command import command_line
+from secateur.study.flops import measure_flops
+from secateur.study.setup import Setup
+from secateur.study.share import Quality, dense_quality, quality
+from secateur.study.stopping import exp
+from secateur.study.store import Store
+from secateur.study.values import meets, violations
+from secateur.study_result import Trial
+from secateur.verbs.prune import prune
+
+ROUNDS = 6
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What trials need to know of the dense model."""
+
+    values: dict[str, float | None]
+    first: float
+    """Nats per token on the first windows."""
+    seconds: float
+    """What measuring its quality took, when it was measured."""
+
+
+def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter) -> Dense:
+    """Measure those that the storage does not have yet; the dense model comes first."""
+    spec = setup.spec
+    kept = [Trial(**one) for one in store.get("baselines", [])]
+    known = {trial.name for trial in kept}
+    if "dense" not in known:
+        started = time.monotonic()
+        reporter.stage("dense model", 1)
+        found = dense_quality(
+            setup.source.folder, setup.sha256, setup.choice, first=first, device=setup.device, reporter=reporter
+        )
+        trial = _trial(-1, "dense", spec.model, found, setup.source.folder, setup)
+        _keep(store, trial, kept, started)
+        spent = store.get("spent", {})
+        store.put("spent", {**spent, "dense_quality_seconds": found.seconds})
+        store.put("dense_first", found.first)
+    for number, name in enumerate(spec.baselines, start=2):
+        if name in known:
+            continue
+        started = time.monotonic()
+        reporter.stage(f"baseline {name}", 1)
+        # Nothing goes, only the number format changes.
+        recipe = Recipe.from_dict({"method": "magnitude", "sparsity": 0.0, "dtype": name})
+        folder = spec.out / f"baseline-{name}"
+        command = command_line(spec.model, recipe, None, folder.name, reads_text=False)
+        OutputFolder(folder, overwrite=True)
+        prune(spec.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
+        measured = quality(folder, setup.choice, first=first, device=setup.device, reporter=reporter)
+        trial = _trial(-number, name, command, measured, folder, setup)
+        dense = next(one for one in kept if one.name == "dense").values
+        trial.meets = meets(violations(spec.constraints, trial.values, dense))
+        _keep(store, trial, kept, started)
+        if spec.keep != "all":
+            shutil.rmtree(folder, ignore_errors=True)
+    dense_trial = next(one for one in kept if one.name == "dense")
+    return Dense(
+        dense_trial.values, float(store.get("dense_first")),
+        float(store.get("spent", {}).get("dense_quality_seconds", 0.0)),
+    )  # fmt: skip
+
+
+def _keep(store: Store, trial: Trial, kept: list[Trial], started: float) -> None:
+    trial.seconds = time.monotonic() - started
+    kept.append(trial)
+    store.put("baselines", [one.to_dict() for one in kept])
+    spent = store.get("spent", {})
+    before = float(spent.get("baseline_seconds", 0.0))
+    store.put("spent", {**spent, "baseline_seconds": before + trial.seconds})
+
+
+def _trial(number: int, name: str, command: str, found: Quality, folder: Path, setup: Setup) -> Trial:
+    """One baseline with everything that is measured of a trial."""
+    size = measure_size(folder, keys=setup.prunable)
+    total = sum(setup.prunable.values())
+    perplexity = exp(found.nll)
+    values: dict[str, float | None] = {
+        "perplexity": perplexity if perplexity < float("inf") else None,
+        "nll_per_token": found.nll,
+        "bytes_disk": size.bytes_disk,
+        "parameters": size.parameters,
+        "nonzero": size.nonzero,
+        "sparsity": size.zeros_of_keys / total if total else 0.0,
+    }
+    counted, missing = measure_flops(folder, {})
+    values |= counted
+    if "decode_tokens_per_second" in setup.spec.wanted:
+        try:
+            values["decode_tokens_per_second"] = _decode(folder, setup)
+        except SecateurError as error:
+            values["decode_tokens_per_second"] = None
+            missing["decode_tokens_per_second"] = error.message
+    trial = Trial(number, "complete", {}, command, values, name=name, missing=missing)
+    trial.meets = meets(violations(setup.spec.constraints, values, values)) if name == "dense" else None
+    return trial
+
+
+def _decode(folder: Path, setup: Setup) -> float:
+    """Tokens per second of greedy decoding, as trials are measured: the median of some rounds after one to warm up."""
+    from secateur.engine.device import resolve_device
+
+    with Worker(folder, device=str(resolve_device(setup.device))) as worker:
+        request = {"prompt_tokens": setup.prompt, "new_tokens": NEW_TOKENS}
+        worker.ask("decode", **request)
+        answers = [worker.ask("decode", **request) for _ in range(ROUNDS)]
+    speeds: list[float] = [answer["tokens"] / answer["seconds"] for answer in answers]
+    return statistics.median(speeds)

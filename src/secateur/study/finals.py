@@ -1,0 +1,71 @@
+"""The end of a study: the finalists are chosen, their models are there, and each is measured on the test text once"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from secateur.progress import Recorder
+from secateur.study.setup import Setup
+from secateur.study.share import Quality, dense_quality, load_windows, quality
+from secateur.study.status import finalists_now
+from secateur.study.stopping import exp
+from secateur.study.store import Store
+from secateur.study.trial import Outcome, Task, make_model, remove_models
+from secateur.study_result import Trial
+
+
+def measure_finalists(
+    setup: Setup, store: Store, task_of: Callable[..., Task], windows: Path, first: int, reporter: Recorder
+) -> None:
+    """Measure the finalists, and the dense model beside them, on the test text.
+
+    Which they are is written down before the first of them sees it, and each figure as soon as it is there: a run that
+    is resumed chooses nothing anew and measures nobody twice.
+    """
+    started = time.monotonic()
+    chosen = store.get("chosen")
+    if chosen is None:
+        chosen = finalists_now(store, setup.spec.finalists)
+        store.put("chosen", chosen)
+    test = load_windows(windows)["test"]
+    baselines = [Trial(**one) for one in store.get("baselines")]
+    done = [Trial(**one) for one in store.get("finalists", [])]
+    trials = {trial.number: trial for trial in store.trials()}
+    reporter.stage("finalists on the test text", len(chosen))
+    if "test_perplexity" not in baselines[0].values:
+        found = dense_quality(
+            setup.source.folder, setup.sha256, test, first=first, device=setup.device, reporter=Recorder()
+        )
+        baselines[0].values |= {"test_perplexity": _finite(found), "test_nll_per_token": found.nll}
+        store.put("baselines", [one.to_dict() for one in baselines])
+    for number in chosen:
+        if number in {trial.number for trial in done}:
+            continue
+        trial = trials[number]
+        folder = Path(trial.out or setup.spec.out / f"trial-{number:04d}")
+        task = task_of(trial, bar=False)
+        if not (folder / "config.json").is_file():
+            reporter.note(f"trial {number}: its model was removed, and is made again")
+            make_model(task, Outcome("complete"), Recorder())
+            store.keep_model(number, task.out)
+        found = quality(folder, test, first=first, device=setup.device)
+        values = {**trial.values, "perplexity": _finite(found), "nll_per_token": found.nll}
+        done.append(dataclasses.replace(trial, values=values, out=str(folder)))
+        store.put("finalists", [one.to_dict() for one in done])
+        reporter.advance(f"trial {number}")
+    if setup.spec.keep != "all":
+        for trial in store.trials():
+            if trial.out and trial.number not in chosen:
+                remove_models(dataclasses.replace(task_of(trial, bar=False), out=trial.out))
+                store.keep_model(trial.number, None)
+    spent = store.get("spent", {})
+    before = float(spent.get("finalist_seconds", 0.0))
+    store.put("spent", {**spent, "finalist_seconds": before + time.monotonic() - started})
+
+
+def _finite(found: Quality) -> float | None:
+    value = exp(found.nll)
+    return value if value < float("inf") else None

@@ -1,0 +1,312 @@
+"""The space of a study: lists and ranges of settings, and how one setting is drawn so that it can be a trial"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from secateur.errors import StudyError, UnknownNameError, UsageError
+from secateur.patterns import check_sparsity, parse_pattern
+from secateur.plugins import available, describe
+from secateur.recipe import STRUCTURES
+from secateur.training import Training
+
+KEYS = ("method", "sparsity", "pattern", "allocation", "structure", "method_options", "recovery", "dtype")
+"""What a space can vary."""
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+NONE = "none"
+DEFAULT_SPARSITIES = (0.5,)
+
+
+@dataclass(frozen=True)
+class Values:
+    """The values that one setting may take: some of a list, or all numbers of a range."""
+
+    choices: tuple[Any, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    step: float | None = None
+
+    @property
+    def is_range(self) -> bool:
+        return not self.choices
+
+    @property
+    def listed(self) -> tuple[Any, ...]:
+        """All of them.
+
+        Raises:
+            StudyError: for a range without a step.
+        """
+        if self.choices:
+            return self.choices
+        if self.step is None:
+            raise StudyError(
+                f"a grid has no end of values between {self.low:g} and {self.high:g}",
+                hint="give the range a step, or use sampler: tpe",
+            )
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return tuple(round(self.low + index * self.step, 10) for index in range(count))
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The least and the largest."""
+        return (min(self.choices), max(self.choices)) if self.choices else (self.low, self.high)
+
+
+Choose = Callable[[str, Values], Any]
+"""Takes the name of a setting and its values, and says which it is."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Settings that may be combined. What cannot go together is never drawn together."""
+
+    methods: tuple[str, ...] = ()
+    sparsity: Values = Values(DEFAULT_SPARSITIES)
+    patterns: tuple[str, ...] = ("unstructured",)
+    allocations: tuple[str, ...] = ("uniform",)
+    structures: tuple[str, ...] = (NONE,)
+    options: Mapping[str, Mapping[str, Values]] = field(default_factory=dict)
+    """Method -> its option -> values."""
+    recoveries: Mapping[str, Mapping[str, Any] | None] = field(default_factory=lambda: {NONE: None})
+    """Label -> fields of `Training`; None for no recovery."""
+    dtypes: tuple[str, ...] = ("auto",)
+
+    def methods_for(self, structure: str) -> tuple[str, ...]:
+        """The methods of this space that choose what this structure removes; auto where none was named."""
+        known = _methods(structure)
+        return tuple(name for name in self.methods if name in known) or (("auto",) if known else ())
+
+    def draw(self, choose: Choose) -> dict[str, Any]:
+        """One setting: name -> value, of those that mean something together."""
+        structure = choose("structure", Values(self.structures))
+        settings: dict[str, Any] = {"structure": structure}
+        methods = self.methods_for(structure)
+        if methods:
+            # Weights and units have methods of their own, so these are two parameters to a sampler.
+            name = "method" if structure == NONE else "unit_method"
+            settings["method"] = method = choose(name, Values(methods))
+            for option, values in self.options.get(method, {}).items():
+                settings[f"{method}.{option}"] = choose(f"{method}.{option}", values)
+        pattern = "unstructured"
+        if structure == NONE:
+            settings["pattern"] = pattern = choose("pattern", Values(self.patterns))
+        if pattern == "unstructured":
+            settings["sparsity"] = choose("sparsity", self.sparsity)
+        if structure == NONE:
+            settings["allocation"] = choose("allocation", Values(self.allocations))
+        settings["dtype"] = choose("dtype", Values(self.dtypes))
+        # Last, so that a grid tries all recoveries of one pruned model in a row, and can prune it once.
+        settings["recovery"] = choose("recovery", Values(tuple(self.recoveries)))
+        return settings
+
+    def grid(self) -> Iterator[dict[str, Any]]:
+        """Every setting that can be drawn, in the order of the lists."""
+        script: list[int] = []
+        while True:
+            widths: list[int] = []
+
+            def choose(name: str, values: Values, widths: list[int] = widths, script: list[int] = script) -> Any:
+                listed = values.listed
+                at = script[len(widths)] if len(widths) < len(script) else 0
+                widths.append(len(listed))
+                return listed[at]
+
+            yield self.draw(choose)
+            script += [0] * (len(widths) - len(script))
+            while script and script[-1] + 1 >= widths[len(script) - 1]:
+                script.pop()
+            if not script:
+                return
+            script[-1] += 1
+
+    @property
+    def combinations(self) -> int:
+        """How many there would be if everything went with everything."""
+        lists: list[tuple[Any, ...]] = [
+            self.methods or ("auto",), self.sparsity.listed, self.patterns, self.allocations, self.structures,
+            tuple(self.recoveries), self.dtypes,
+        ]  # fmt: skip
+        lists += [values.listed for options in self.options.values() for values in options.values()]
+        return math.prod(map(len, lists))
+
+    @property
+    def sparsities(self) -> tuple[float, float]:
+        """The least and the largest sparsity that can be drawn."""
+        implied = [parse_pattern(name).sparsity for name in self.patterns] if NONE in self.structures else []
+        ends = [value for value in implied if value is not None]
+        if None in implied or set(self.structures) != {NONE}:
+            ends += self.sparsity.span
+        return min(ends), max(ends)
+
+
+@functools.cache
+def _methods(structure: str) -> dict[str, str]:
+    """What chooses for a structure, by name; nothing where only whole blocks go."""
+    names = set(structure.split(","))
+    if names == {"depth"}:
+        return {}
+    if structure == NONE:
+        return available("methods")
+    return available("expert_criteria" if "experts" in names else "criteria")
+
+
+def read_space(data: Mapping[str, Any], where: str) -> Space:
+    """A space out of a study file; ``data`` has lists, ranges or single values by name.
+
+    Raises:
+        UnknownNameError: for an unknown key or name; the nearest is suggested.
+        StudyError: for a value that makes no sense, or that can never be part of a trial.
+    """
+    values = {str(key).replace("-", "_"): value for key, value in data.items()}
+    for key in values:
+        if key not in KEYS:
+            raise UnknownNameError(f"key of {where}", key, KEYS)
+    structures = tuple(map(_structure, _listed(values.get("structure", NONE), f"{where}: structure")))
+    methods = tuple(map(str, _listed(values.get("method", []), f"{where}: method")))
+    every = {name: None for structure in ("none", "ffn", "experts") for name in _methods(structure)}
+    for name in methods:
+        if name not in every:
+            raise UnknownNameError("method", name, every)
+        if not any(name in _methods(structure) for structure in structures):
+            raise StudyError(
+                f"{where}: method {name} can never be a trial with structure {' or '.join(structures)}",
+                hint="leave it out; `secateur methods` lists what each is for",
+            )
+    patterns = tuple(_pattern(one, where) for one in _listed(values.get("pattern", "unstructured"), where))
+    allocations = tuple(map(str, _listed(values.get("allocation", "uniform"), f"{where}: allocation")))
+    for name in allocations:
+        if name not in available("allocation"):
+            raise UnknownNameError("allocation", name, available("allocation"))
+    if NONE not in structures:
+        for key in ("pattern", "allocation"):
+            if key in values:
+                raise StudyError(f"{where}: {key} has no meaning with structure {', '.join(structures)}",
+                                 hint="leave it out, or add none to the structures")  # fmt: skip
+    dtypes = tuple(map(str, _listed(values.get("dtype", "auto"), f"{where}: dtype")))
+    for name in dtypes:
+        if name not in DTYPES:
+            raise UnknownNameError("dtype", name, DTYPES)
+    if "sparsity" in values and set(structures) == {NONE} and "unstructured" not in patterns:
+        raise StudyError(f"{where}: sparsity has no meaning with pattern {', '.join(patterns)}", hint="leave it out")
+    space = Space(
+        methods, _sparsity(values.get("sparsity", list(DEFAULT_SPARSITIES)), where), patterns, allocations, structures,
+        _options(values.get("method_options") or {}, methods, where),
+        _recoveries(values.get("recovery", NONE), where), dtypes,
+    )  # fmt: skip
+    for name, many in (("structure", structures), ("method", methods), ("pattern", patterns), ("dtype", dtypes)):
+        if len(set(many)) < len(many):
+            raise StudyError(f"{where}: {name} names one twice: {', '.join(many)}")
+    return space
+
+
+def _listed(value: Any, where: str) -> list[Any]:
+    listed = value if isinstance(value, list) else [value]
+    for one in listed:
+        if isinstance(one, dict | list):
+            raise StudyError(f"{where} is {one!r}", hint="give a value, or a list of values")
+    return [NONE if one is None else one for one in listed]
+
+
+def _structure(value: Any) -> str:
+    name = ",".join(part.strip() for part in str(value).split(","))
+    for part in name.split(","):
+        if part not in STRUCTURES and name != NONE:
+            raise UnknownNameError("structure", part, (*STRUCTURES, NONE))
+    return name
+
+
+def _pattern(value: Any, where: str) -> str:
+    if isinstance(value, int):  # YAML 1.1 reads 2:4 as the base-60 number 124
+        raise StudyError(f"{where}: pattern is the number {value}", hint='write N:M in quotes: "2:4"')
+    return str(parse_pattern(str(value)))
+
+
+def _sparsity(value: Any, where: str) -> Values:
+    found = read_values(value, f"{where}: sparsity")
+    for one in found.choices or found.span:
+        if isinstance(one, bool) or not isinstance(one, int | float):
+            raise StudyError(f"{where}: sparsity is {one!r}", hint="it must be a number in [0, 1)")
+        check_sparsity(one, f"{where}: sparsity")
+    return Values(tuple(map(float, found.choices)), found.low, found.high, found.step)
+
+
+def read_values(value: Any, where: str) -> Values:
+    """A list, a single value, or a range ``{low: 0.1, high: 0.8, step: 0.1}``.
+
+    Raises:
+        StudyError: for an empty list, or a range that is none.
+    """
+    if not isinstance(value, Mapping):
+        listed = tuple(_listed(value, where))
+        if not listed:
+            raise StudyError(f"{where} is an empty list", hint="give at least one value")
+        if len(set(map(repr, listed))) < len(listed):
+            raise StudyError(f"{where} names one twice: {', '.join(map(str, listed))}")
+        return Values(listed)
+    for key in value:
+        if key not in ("low", "high", "step"):
+            raise UnknownNameError(f"key of a range ({where})", str(key), ("low", "high", "step"))
+    ends = [value.get("low"), value.get("high"), value.get("step", 1)]
+    if any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
+        raise StudyError(f"{where} is no range: {dict(value)}", hint="for example {low: 0.1, high: 0.8, step: 0.1}")
+    low, high, step = map(float, ends)
+    if not low < high or step <= 0:
+        raise StudyError(f"{where}: from {low:g} to {high:g} is no range", hint="low must be less than high, step > 0")
+    return Values((), low, high, step if "step" in value else None)
+
+
+def _options(data: Any, methods: tuple[str, ...], where: str) -> dict[str, dict[str, Values]]:
+    """Options by method; a method that the space does not name is refused."""
+    if not isinstance(data, Mapping) or not all(isinstance(value, Mapping) for value in data.values()):
+        raise StudyError(
+            f"{where}: method-options is {data!r}",
+            hint="for example method-options: {sparsegpt: {damping: [0.01, 0.1]}}",
+        )
+    found: dict[str, dict[str, Values]] = {}
+    for method, options in data.items():
+        if method not in methods:
+            raise StudyError(
+                f"{where}: method-options of {method}, which is none of its methods", hint="add it to method"
+            )
+        known: set[str] = set()
+        for kind in ("methods", "criteria", "expert_criteria"):
+            if method in available(kind):
+                known |= {option.name for option in describe(kind, method, "method").options}
+        for raw, values in options.items():
+            name = str(raw).replace("-", "_")
+            if name not in known:
+                raise UnknownNameError(f"option of method {method}", str(raw), known or ["(none)"])
+            found.setdefault(method, {})[name] = read_values(values, f"{where}: option {name} of {method}")
+    return found
+
+
+def _recoveries(data: Any, where: str) -> dict[str, Mapping[str, Any] | None]:
+    """Label -> settings of `recover`; the label says what differs from the defaults."""
+    found: dict[str, Mapping[str, Any] | None] = {}
+    for one in data if isinstance(data, list) else [data]:
+        if one is None or one == NONE:
+            label, fields = NONE, None
+        elif isinstance(one, Mapping):
+            fields = {str(key).replace("-", "_"): value for key, value in one.items()}
+            try:
+                Training.from_dict(fields)
+            except TypeError as error:
+                raise StudyError(f"{where}: recovery {dict(one)} has a value of a wrong kind: {error}") from None
+            except UnknownNameError:
+                raise
+            except UsageError as error:
+                raise StudyError(f"{where}: recovery: {error.message}", hint=error.hint) from None
+            label = ", ".join(f"{key} {value}" for key, value in fields.items()) or "defaults"
+        else:
+            raise StudyError(
+                f"{where}: recovery is {one!r}", hint="give none, or settings: {mode: full, tokens: 40960}"
+            )
+        if label in found:
+            raise StudyError(f"{where}: recovery names one twice: {label}")
+        found[label] = fields
+    return found

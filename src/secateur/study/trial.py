@@ -1,0 +1,212 @@
+"""One trial, in whatever process it runs: prune, look whether it is hopeless, recover, measure"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from secateur.errors import Interrupted, SecateurError
+from secateur.measure.compare import measure_pair
+from secateur.measure.model import load_model
+from secateur.progress import Recorder, Reporter
+from secateur.recipe import Recipe
+from secateur.result import RESULT_FILE
+from secateur.study.flops import measure_flops
+from secateur.study.share import Measuring, link_copy, load_windows, pruned_once
+from secateur.study.stopping import Bar, exp, hopeless
+from secateur.training import Training
+from secateur.verbs.prune import prune
+from secateur.verbs.recover import recover
+
+FEW_WINDOWS = 2
+"""Windows that are told apart where a study stops nothing early."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one trial is to do. Plain data: it travels as JSON to other processes and machines."""
+
+    number: int
+    model: str
+    dense: str
+    """Folder of the dense model."""
+    recipe: Mapping[str, Any]
+    training: Mapping[str, Any] | None
+    out: str
+    """Folder of the model that is made."""
+    windows: str
+    """File with the windows."""
+    shared: str = ""
+    """Folder of the pruned model, where another trial may want the same; empty where none does."""
+    speed: bool = False
+    """Whether decoding speed is asked for."""
+    device: str = "auto"
+    bar: Mapping[str, Any] | None = None
+    prompt: tuple[int, ...] = ()
+    dense_speed: float | None = None
+    first: int = FEW_WINDOWS
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        data = json.loads(text)
+        return cls(**{**data, "prompt": tuple(data["prompt"])})
+
+
+@dataclass
+class Outcome:
+    """What became of a trial. Plain data."""
+
+    state: Literal["complete", "stopped", "failed"]
+    values: dict[str, float | None] = field(default_factory=dict)
+    sparsity: dict[str, float] = field(default_factory=dict)
+    reason: str = ""
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    proxy: float | None = None
+    """Perplexity of the pruned model on the first windows."""
+    shared_seconds: float = 0.0
+    """What was saved by taking a pruned model that was there."""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Outcome:
+        return cls(**json.loads(text))
+
+
+def run_trial(task: Task, reporter: Reporter | None = None) -> Outcome:
+    """Make and measure one model. Whatever fails becomes part of the outcome; only Ctrl-C is raised.
+
+    Raises:
+        Interrupted, KeyboardInterrupt: when it was stopped; it can be run again.
+    """
+    started = time.monotonic()
+    recorder = Recorder(reporter)
+    outcome = Outcome("complete")
+    try:
+        _run(task, outcome, recorder)
+    except Interrupted:
+        raise
+    except SecateurError as error:
+        outcome.state, outcome.reason = "failed", error.message + (f"; {error.hint}" if error.hint else "")
+    except Exception as error:  # noqa: BLE001 - one trial must not stop the others; the error is recorded
+        outcome.state, outcome.reason = "failed", f"{type(error).__name__}: {error}"
+    if outcome.state != "complete":
+        remove_models(task)
+    outcome.seconds = time.monotonic() - started
+    outcome.values["seconds"] = outcome.seconds
+    outcome.warnings = recorder.warnings
+    return outcome
+
+
+def remove_models(task: Task) -> None:
+    """Remove what a trial has made of its own."""
+    for name in (task.out, f"{task.out}-pruned"):
+        for folder in (Path(name), Path(f"{name}.partial")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_model(task: Task, outcome: Outcome, recorder: Recorder) -> None:
+    """Make the model of a trial again, as it was made before; nothing is measured."""
+    pruned = _prune(task, outcome, recorder)
+    _finish(task, pruned, recorder)
+
+
+def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
+    pruned = _prune(task, outcome, recorder)
+    # Recovery changes neither shapes nor zeros, so operations are known already.
+    counted, outcome.missing = measure_flops(pruned, {} if task.recipe["structure"] else outcome.sparsity)
+    outcome.values |= counted
+    windows = load_windows(Path(task.windows))["choice"]
+    bar = None if task.bar is None else Bar(**task.bar)
+    measuring = None
+    if bar is not None:
+        measuring = Measuring(load_model(pruned, device=task.device), windows, task.first, recorder)
+        nll = measuring.first()
+        outcome.proxy = outcome.values["proxy_perplexity"] = _number(exp(nll))
+        if reason := hopeless(bar, nll, outcome.values):
+            outcome.state, outcome.reason = "stopped", reason
+            return
+    if task.training is not None or measuring is None:
+        del measuring  # the pruned model makes room for its recovery
+        folder = _finish(task, pruned, recorder)
+        measuring = Measuring(load_model(folder, device=task.device), windows, task.first, recorder)
+    else:
+        folder = _finish(task, pruned, recorder)
+    found = measuring.all()
+    outcome.values |= {"nll_per_token": found.nll, "perplexity": _number(exp(found.nll))}
+    if bar is None:
+        outcome.proxy = outcome.values["proxy_perplexity"] = _number(exp(found.first))
+    del measuring
+    if task.speed:
+        _speed(task, folder, outcome, recorder)
+
+
+def _prune(task: Task, outcome: Outcome, recorder: Recorder) -> Path:
+    """The pruned model: shared, or this trial's own; what was counted goes into the outcome."""
+    recipe = Recipe.from_dict(task.recipe)
+    if task.shared:
+        shared = pruned_once(Path(task.shared), task.model, recipe, recorder)
+        folder, result = shared.folder, shared.result
+        outcome.shared_seconds = shared.seconds if shared.reused else 0.0
+    else:
+        folder = Path(task.out if task.training is None else f"{task.out}-pruned")
+        prune(task.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=recorder)
+        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    after = result["after"]
+    outcome.values |= {name: after[name] for name in ("bytes_disk", "parameters", "nonzero")}
+    outcome.values["sparsity"] = result["sparsity"]
+    outcome.sparsity = {matrix["name"]: matrix["sparsity"] for matrix in result["matrices"]}
+    return folder
+
+
+def _finish(task: Task, pruned: Path, recorder: Recorder) -> Path:
+    """The model of the trial in its own folder, recovered when that is asked for."""
+    out = Path(task.out)
+    if task.training is not None:
+        settings = Training.from_dict(task.training)
+        recover(pruned, out, settings=settings, evaluate=False, overwrite=True, reporter=recorder)
+        if not task.shared:
+            shutil.rmtree(pruned, ignore_errors=True)
+    elif pruned != out:
+        shutil.rmtree(out, ignore_errors=True)
+        link_copy(pruned, out)
+    return out
+
+
+def _speed(task: Task, folder: Path, outcome: Outcome, recorder: Recorder) -> None:
+    """Decoding speed, taken in turn with the dense model's and told as a multiple of what that was at the start."""
+    try:
+        pair = measure_pair(
+            task.dense, folder, prompt_tokens=task.prompt, device=_device(task.device), reporter=recorder
+        )  # fmt: skip
+    except SecateurError as error:
+        outcome.values["decode_tokens_per_second"] = None
+        outcome.missing["decode_tokens_per_second"] = error.message
+        return
+    assert pair.decode_ratio is not None
+    dense = task.dense_speed or pair.before.decode_tokens_per_second or 0.0
+    outcome.values["decode_tokens_per_second"] = dense * pair.decode_ratio.median
+    outcome.values["decode_ratio"] = pair.decode_ratio.median
+
+
+def _device(name: str) -> str:
+    from secateur.engine.device import resolve_device
+
+    return str(resolve_device(name))
+
+
+def _number(value: float) -> float | None:
+    """None for what JSON cannot hold: the perplexity of a model that is destroyed."""
+    return value if value < float("inf") else None
