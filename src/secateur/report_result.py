@@ -75,7 +75,7 @@ class BlockMap(Plain):
 
 @dataclass
 class GroupLoss(Plain):
-    """Loss of some tokens, nats per token, in the dense and the pruned model; errors are standard errors of the mean."""
+    """Loss of some tokens, nats per token, in both models; errors are standard errors of the mean."""
 
     label: str
     tokens: int
@@ -192,6 +192,8 @@ class ReportResult(Plain):
     models: list[ReportModel] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     maps: list[BlockMap] = field(default_factory=list)
+    undrawn: int = 0
+    """Models on a front that have no map here, since there would be too many."""
     examined: list[Examined] = field(default_factory=list)
     importances: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Study -> objective -> setting -> share of the objective's variance that hangs on it."""

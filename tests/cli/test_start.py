@@ -11,7 +11,18 @@ import pytest
 
 import secateur
 
-HEAVY = {"torch", "transformers", "numpy", "accelerate", "safetensors", "datasets", "huggingface_hub", "gguf"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "numpy",
+    "accelerate",
+    "safetensors",
+    "datasets",
+    "huggingface_hub",
+    "gguf",
+    "jinja2",
+    "plotly",
+}
 SOURCE = Path(secateur.__file__).parent.parent
 
 STARTS = {
@@ -20,6 +31,7 @@ STARTS = {
     "help": "from secateur.cli.app import main; main(['--help'])",
     "help of prune": "from secateur.cli.app import main; main(['prune', '--help'])",
     "help of export": "from secateur.cli.app import main; main(['export', '--help'])",
+    "help of report": "from secateur.cli.app import main; main(['report', '--help'])",
     "methods": "from secateur.cli.app import main; main(['methods'])",
     "method": "from secateur.cli.app import main; main(['methods', 'sparsegpt'])",
     "bad usage": "from secateur.cli.app import main; main(['prune', 'm', '--sparsity', '2'])",

@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from secateur.cli import console, evaluate, export, generate, inspect, methods, prune, recover
+from secateur.cli import console, evaluate, export, generate, inspect, methods, prune, recover, report
 from secateur.errors import SecateurError
 
 USAGE_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -49,6 +49,7 @@ app.command("recover")(recover.recover)
 app.command("evaluate")(evaluate.evaluate)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("report")(report.report)
 app.command("methods")(methods.methods)
 
 

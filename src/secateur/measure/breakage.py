@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -28,11 +29,12 @@ WORST = 15
 _BEFORE = 12
 """Tokens of text that are told before each."""
 CLEAN = "clean"
+QUANTITIES: tuple[Literal["angle", "length", "margin"], ...] = ("angle", "length", "margin")
 
 
 @dataclass(frozen=True)
 class Window:
-    """One window of one condition, in both models. ``shortened`` are the dense losses at the pruned lengths, if known."""
+    """One window of one condition, in both models; ``shortened``: dense losses at the pruned lengths, if known."""
 
     condition: str
     part: int
@@ -68,20 +70,22 @@ def distributions(windows: Sequence[Window], condition: str) -> list[Distributio
     dense, pruned = _both(chosen)
     change = changes(chosen)
     found = []
-    for quantity in ("angle", "length", "margin"):
-        sides = dense[quantity], pruned[quantity]
-        low, high = (float(f(torch.cat(sides))) for f in (torch.min, torch.max))
-        high = high if high > low else low + 1.0
-        edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-        counts = [torch.histogram(side, bins=edges).hist.long().tolist() for side in sides]
+    for quantity in QUANTITIES:
+        a, b = dense[quantity], pruned[quantity]
+        low, high = min(float(a.min()), float(b.min())), max(float(a.max()), float(b.max()))
+        edges = torch.linspace(low, high if high > low else low + 1.0, BINS + 1, dtype=torch.float64)
+        counts = [[int(count) for count in torch.histogram(side, bins=edges).hist] for side in (a, b)]
         found.append(
             Distribution(
-                quantity,  # type: ignore[arg-type]
+                quantity,
                 condition,
-                list(LEVELS),
-                *(_quantiles(values) for values in (*sides, change[quantity])),
-                edges.tolist(),
-                *counts,
+                quantiles=list(LEVELS),
+                dense=_quantiles(a),
+                pruned=_quantiles(b),
+                change=_quantiles(change[quantity]),
+                edges=edges.tolist(),
+                dense_counts=counts[0],
+                pruned_counts=counts[1],
             )
         )
     return found
@@ -102,12 +106,15 @@ def conditions(windows: Sequence[Window]) -> list[Condition]:
         difference = pruned["loss"] - dense["loss"]
         right, still = dense["margin"] > 0, pruned["margin"] > 0
         row = Condition(
-            name,
-            len(difference),
-            float(dense["loss"].mean()),
-            float(pruned["loss"].mean()),
-            standard_error(difference),
-            *(float(mask.double().mean()) for mask in (right, still, right & ~still, ~right & still)),
+            name=name,
+            tokens=len(difference),
+            dense_loss=float(dense["loss"].mean()),
+            pruned_loss=float(pruned["loss"].mean()),
+            difference_stderr=standard_error(difference),
+            dense_right=_share(right),
+            pruned_right=_share(still),
+            lost=_share(right & ~still),
+            gained=_share(~right & still),
         )
         shortened = [window.shortened for window in chosen if window.shortened is not None]
         if len(shortened) == len(chosen):
@@ -117,6 +124,10 @@ def conditions(windows: Sequence[Window]) -> list[Condition]:
             _damage(row, chosen, clean)
         found.append(row)
     return found
+
+
+def _share(mask: torch.Tensor) -> float:
+    return float(mask.double().mean())
 
 
 def _damage(row: Condition, chosen: Sequence[Window], clean: dict[int, Window]) -> None:
@@ -165,7 +176,9 @@ def sentences(rows: Sequence[Condition], spread: Sequence[Distribution]) -> list
     loss = clean.pruned_loss - clean.dense_loss
     error = clean.difference_stderr or 0.0
     if abs(loss) <= 2 * error or loss == 0:
-        said = [f"On clean text no difference in loss is shown: {loss:+.3f} nats per token, standard error {error:.3f}."]
+        said = [
+            f"On clean text no difference in loss is shown: {loss:+.3f} nats per token, standard error {error:.3f}."
+        ]
     else:
         said = [
             f"On clean text the loss went from {clean.dense_loss:.3f} to {clean.pruned_loss:.3f} nats per token; "

@@ -34,8 +34,10 @@ def corrupt(text: str, name: str, *, seed: int = 0, part: int = 0) -> str:
 
 
 def align(clean: Sequence[int], corrupted: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of places (in the clean tokens, in the corrupted ones) that hold the same token, both in rising order, and
-    as many as there can be: a longest common subsequence. Memory: 4 bytes for every pair of places."""
+    """Pairs of places (in the clean tokens, in the corrupted ones) that hold the same token, both in rising order.
+
+    There are as many as there can be: a longest common subsequence. Memory: 4 bytes for every pair of places.
+    """
     first, second = np.asarray(clean), np.asarray(corrupted)
     longest = np.zeros((len(first) + 1, len(second) + 1), dtype=np.int32)  # of the first i and the first j tokens
     for i, token in enumerate(first):

@@ -1,5 +1,4 @@
-"""Which tokens lose: the loss of a dense and a pruned model on the same tokens, by how frequent these are in the text and
-by where in the window they stand.
+"""Which tokens lose: the loss of a dense and a pruned model, by frequency of the token and by its place in the window.
 
 Frequency is the rank of a token in the whole text that the windows are taken from (1 is the most frequent; equal counts
 by token number), so that no other data are needed and a rank means the same for every model with this tokenizer.

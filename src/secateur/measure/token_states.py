@@ -1,8 +1,8 @@
 """What a causal model makes of every token of a window: its loss, and the state that its logits are read from.
 
-The state is the input of the output matrix, after the final norm. The logit of a token is the state's inner product with
-the token's row in that matrix: |state| |row| cos(angle). So a true token can lose by a larger angle to its row, or by a
-shorter state; the margin, its logit less the largest other one, says whether it did.
+The state is the input of the output matrix, after the final norm. The logit of a token is the state's inner product
+with the token's row in that matrix: |state| |row| cos(angle). So a true token can lose by a larger angle to its row, or
+by a shorter state; the margin, its logit less the largest other one, says whether it did.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class StateReader:
                 part = slice(start, start + POSITIONS)
                 scores = (self._head(states[part]) if logits is None else logits[part]).float()
                 parts.append(self._look(states[part], scores, wanted[part], [other[part] for other in lengths]))
-            rivals, loss, angle, length, margin, *other = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+            rivals, loss, angle, length, margin, *other = (
+                torch.cat(column).cpu() for column in zip(*parts, strict=True)
+            )
         if not all(bool(column.isfinite().all()) for column in (loss, angle, length, margin)):
             raise RunError(
                 f"{type(self.model).__name__} gives NaN or infinity instead of logits",
