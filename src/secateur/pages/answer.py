@@ -95,7 +95,7 @@ def _take(result: ReportResult, comparison: Comparison, number: int | None, how:
     dense = _dense(comparison, result.models)
     if number is None:
         if not comparison.quality:
-            return "So no setting is recommended: measure with `secateur evaluate`, or prune without --no-evaluate."
+            return "So no setting is recommended: measure with secateur evaluate, or prune without --no-evaluate."
         return "So keep the dense model, or quantise it." if dense is not None else "So no setting is recommended."
     model = result.models[number]
     told = _quality(model, comparison)
@@ -118,7 +118,7 @@ def _quantised(result: ReportResult, comparison: Comparison, number: int | None)
     if not known:
         return (
             "What quantising alone would give is not known: no input has such a baseline measured in the same way "
-            "(`secateur bench` and `secateur study` measure them)."
+            "(secateur bench and secateur study measure them)."
         )
     sign = 1 if comparison.better == "minimize" else -1
 

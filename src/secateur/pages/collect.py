@@ -12,7 +12,7 @@ from secateur.errors import UsageError
 from secateur.pages.answer import answer
 from secateur.pages.blocks import block_map
 from secateur.pages.commands import command_of, settings_of
-from secateur.pages.fronts import draw_fronts, quality_of
+from secateur.pages.fronts import draw_fronts, is_quality, quality_of
 from secateur.pages.inputs import Input
 from secateur.report_result import Comparison, Kind, ReportModel, ReportResult
 from secateur.result import Measured, PruneResult, RecoverResult
@@ -171,7 +171,10 @@ class Collector:
                     )
         tested = f"study {study.name}, test: {study.data.get('test') or 'its test text'}"
         for trial in study.finalists:
-            model = self._trial(name, trial, {}, baseline=trial.number < 0)
+            model = self._trial(name, trial, dense, baseline=trial.number < 0)
+            if trial.number in numbers:  # measured anew was the quality only
+                known = self.result.models[numbers[trial.number]].values
+                model.values = {**{k: v for k, v in known.items() if not is_quality(k)}, **model.values}
             model.name += ", on the test text"
             self._add(source, tested, model)
         if study.recommended in numbers:
@@ -194,8 +197,7 @@ class Collector:
         if trial.seconds is not None:
             values.setdefault("seconds", trial.seconds)
         return ReportModel(
-            _called(trial), kind, origin, values, trial.command, dict(trial.settings), trial.meets,
-            {name: "the study has no value" for name, value in trial.values.items() if value is None},
+            _called(trial), kind, origin, values, trial.command, dict(trial.settings), trial.meets
         )  # fmt: skip
 
     def _bench(self, name: str, bench: BenchResult) -> None:

@@ -72,6 +72,8 @@ def _front(key: str, front: Front, comparison: Comparison, result: ReportResult)
             chart.add("rect", x=place[0] - 4.5, y=place[1] - 4.5, width=9, height=9, class_=class_, data_tip=tip)
     if front.knee is not None:
         chart.add("circle", cx=x(at[front.knee][0]), cy=y(at[front.knee][1]), r=9, class_="ring c4")
+    if result.recommended in at:
+        chart.add("circle", cx=x(at[result.recommended][0]), cy=y(at[result.recommended][1]), r=7, class_="ring chosen")
     _labels(chart, front, {n: (x(at[n][0]), y(at[n][1])) for n in front.points}, result)
     better = "left" if front.better == "minimize" else "right"
     upper = "below" if comparison.better == "minimize" else "above"
@@ -111,6 +113,8 @@ def _labels(chart: Chart, front: Front, places: dict[int, tuple[float, float]], 
         if best is not None:
             _, x, y, anchor = best
             taken.append((x, x + wide, y) if anchor == "start" else (x - wide, x, y))
+            if abs(y - places[n][1]) > 15:
+                chart.add("line", x1=places[n][0], y1=places[n][1], x2=x, y2=y - 4, class_="leader")
             chart.text(x, y, name, anchor=anchor)
 
 

@@ -30,19 +30,19 @@ AXES = (
         "decoding speed, times that of the dense model in the same run",
         "maximize",
         "no input has the speed of a model and of its dense model: prune measures both unless --no-evaluate is given, "
-        "`secateur bench MODEL --against DENSE --json` too",
+        "secateur bench MODEL --against DENSE --json too",
     ),
     Axis(
         "flops_per_token",
         "operations, floating-point for a token",
         "minimize",
-        "no input counts operations: `secateur bench MODEL --json` does",
+        "no input counts operations: secateur bench MODEL --json does",
     ),
     Axis(
         "joules_per_token",
         "energy, joules for a token",
         "minimize",
-        "no input has energy: `secateur bench MODEL --json` meters it where the machine has a meter",
+        "no input has energy: secateur bench MODEL --json meters it where the machine has a meter",
     ),
 )
 

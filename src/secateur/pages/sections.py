@@ -93,7 +93,11 @@ def _models(number: int, comparison: Comparison, result: ReportResult) -> Table:
 
 def _matrices(result: ReportResult) -> Section:
     section = Section("matrices", "Where the zeros are, and where pruning hurt")
-    section.figures = [map_figure(f"map-{number}", one) for number, one in enumerate(result.maps)]
+    for number, one in enumerate(result.maps):
+        if any(value for row in one.sparsity for value in row):
+            section.figures.append(map_figure(f"map-{number}", one))
+        else:
+            section.text.append(f"{one.model} has no zeros to draw: nothing was pruned, or whole units went.")
     if result.undrawn:
         section.text.append(f"{result.undrawn} more models on the fronts are not drawn; their inputs have the numbers.")
     sensitivity = sensitivity_figure(result.maps)
