@@ -132,6 +132,8 @@ class Condition(Plain):
     dense_damage: float | None = None
     """On these: loss in the corrupted text less loss in the clean one, dense."""
     pruned_damage: float | None = None
+    damage_stderr: float | None = None
+    """Standard error of pruned_damage - dense_damage, token by token."""
 
 
 @dataclass

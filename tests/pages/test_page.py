@@ -150,6 +150,13 @@ def test_without_jinja_the_hint_says_how_to_get_it(made, monkeypatch):
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def test_the_files_that_are_no_code_lie_beside_the_code():
+    from importlib.resources import files
+
+    for name in ("template.html", "page.css", "page.js"):
+        assert (files("secateur.pages") / name).is_file()
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path):
     text = render_page(report(tmp_path / "in", text=HOSTILE))

@@ -46,8 +46,11 @@ def made(place):
 def test_the_page_is_written_with_everything_that_was_run(made, place):
     page = Page((place / "page.html").read_text(encoding="utf-8"))
     assert page.data["result"] == json.loads(made.to_json())
-    for key in ("frequency-0", "position-0", "spread-0-angle", "damage-1", "map-1", "sensitivity"):
-        assert (key in page.ids("figure")) == (key != "sensitivity")  # magnitude knows no loss
+    for key in ("frequency-0", "position-0", "spread-0-angle", "damage-1", "map-0"):
+        assert key in page.ids("figure")
+    assert "sensitivity" not in page.ids("figure")  # magnitude knows no loss
+    assert "map-1" not in page.ids("figure")
+    assert "same has no zeros to draw" in page.text()
     assert not list(place.glob("*.partial"))
 
 

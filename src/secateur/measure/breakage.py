@@ -142,6 +142,7 @@ def _damage(row: Condition, chosen: Sequence[Window], clean: dict[int, Window]) 
     row.aligned = sum(len(part) for part in dense)
     if row.aligned:
         row.dense_damage, row.pruned_damage = float(torch.cat(dense).mean()), float(torch.cat(pruned).mean())
+        row.damage_stderr = standard_error(torch.cat(pruned) - torch.cat(dense))
 
 
 def most_broken(windows: Sequence[Window], decode: Callable[[list[int]], str]) -> list[BrokenToken]:
@@ -198,11 +199,11 @@ def sentences(rows: Sequence[Condition], spread: Sequence[Distribution]) -> list
     hurt = [row for row in rows if row.dense_damage is not None and row.pruned_damage is not None]
     if hurt:
         worst = max(hurt, key=_excess)
-        least = "more" if _excess(worst) > 0 else "no more"
+        shown = _excess(worst) > 2 * (worst.damage_stderr or 0.0) and _excess(worst) > 0
         said.append(
             f"Of the corruptions, {worst.name} costs the pruned model most beside the dense one: "
-            f"{worst.pruned_damage:+.3f} against {worst.dense_damage:+.3f} nats on the tokens left in place, so it is "
-            f"hurt {least} by it."
+            f"{worst.pruned_damage:+.3f} against {worst.dense_damage:+.3f} nats on the tokens left in place; "
+            + ("it is less robust to it." if shown else "that it is less robust is not shown.")
         )
     return said
 

@@ -162,14 +162,16 @@ def _breakage(result: ReportResult) -> list[Section]:
 def _conditions(number: int, one: Examined) -> Table:
     columns = [
         "text", "tokens", "dense loss", "pruned loss", "standard error (difference)", "right, dense", "right, pruned",
-        "lost", "gained", "by length", "by direction",
+        "lost", "gained", "by length", "by direction", "added, dense", "added, pruned", "standard error (added)",
     ]  # fmt: skip
     rows: list[list[Cell]] = [
         [c.name, c.tokens, c.dense_loss, c.pruned_loss, c.difference_stderr, c.dense_right, c.pruned_right, c.lost,
-         c.gained, c.length_part, c.direction_part] for c in one.conditions
+         c.gained, c.length_part, c.direction_part, c.dense_damage, c.pruned_damage,
+         c.damage_stderr] for c in one.conditions
     ]  # fmt: skip
     note = (
-        "Losses in nats per token; right, lost, gained are shares of the tokens; the last two add up to the difference."
+        "Losses in nats per token; right, lost, gained are shares of the tokens; by length and by direction add up to "
+        "the difference; added is what the damage adds to the loss of the tokens left in place."
     )
     return Table(f"conditions-{number}", "Clean and damaged text", columns, rows, note)
 
