@@ -157,21 +157,53 @@ def test_the_files_that_are_no_code_lie_beside_the_code():
         assert (files("secateur.pages") / name).is_file()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path):
-    text = render_page(report(tmp_path / "in", text=HOSTILE))
+BUTTONS = """
+const made = [];
+URL.createObjectURL = (blob) => { made.push(blob.type); return "blob:nothing"; };
+for (const button of document.querySelector("figure").querySelectorAll(".tools button")) button.click();
+const heads = [...document.querySelectorAll("#models-0 th button")];
+const values = () => [...document.querySelectorAll("#models-0 tbody tr")].map((row) => row.cells[2].dataset.v);
+heads[2].click();
+const up = values();
+heads[2].click();
+const down = values();
+document.getElementById("theme").click();
+setTimeout(() => {
+  document.body.dataset.found = JSON.stringify({ made, up, down, theme: document.documentElement.dataset.theme });
+}, 1500);
+"""
+"""Presses the buttons of the first figure, sorts the first table by its third column both ways, switches the theme."""
+
+
+def in_chromium(text: str, tmp_path) -> Page:
     file = tmp_path / "page.html"
     file.write_text(text, encoding="utf-8")
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
-        file.as_uri(),
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=4000", "--dump-dom", file.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    page = Page(done.stdout)
+    return Page(done.stdout)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path, monkeypatch):
+    read = page_module.Path.read_text
+    monkeypatch.setattr(
+        page_module.Path, "read_text",
+        lambda path, **given: read(path, **given) + (BUTTONS if path.name == "page.js" else ""),
+    )  # fmt: skip
+    page = in_chromium(render_page(report(tmp_path / "in", text=HOSTILE)), tmp_path)
     buttons = [given.get("title", "") for tag, given in page.elements if tag == "button"]
     figures = sum(tag == "figure" for tag, _ in page.elements)
     assert buttons.count("save the figure as SVG") == buttons.count("save the figure as PNG") == figures > 0
     assert buttons.count("sort by this column") == sum(tag == "th" for tag, _ in page.elements)
     assert "img" not in page.tags
+    found = json.loads(next(given["data-found"] for tag, given in page.elements if "data-found" in given))
+    assert sorted(found["made"]) == ["image/png", "image/svg+xml", "text/csv;charset=utf-8"]
+    values = [float(value) for value in found["up"]]
+    assert values == sorted(values)
+    assert found["down"] == found["up"][::-1]
+    assert found["theme"] == "light"

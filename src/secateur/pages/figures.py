@@ -137,7 +137,7 @@ def map_figure(key: str, one: BlockMap) -> Figure:
                 dark = " deep" if value > 0.55 else ""
                 middle = left + wide * (column + 0.5)
                 chart.text(middle, 10 + high * row + 16, f"{value:.0%}", anchor="middle", class_=f"value{dark}")
-    each = max(1, -(-int(8 * max((len(b) for b in one.blocks), default=1)) // int(max(wide, 1))))
+    each = max(1, -(-int(5 + 8 * max((len(b) for b in one.blocks), default=1)) // int(max(wide, 1))))
     for column in range(0, len(one.blocks), each):
         middle = left + wide * (column + 0.5)
         chart.text(middle, 10 + high * len(one.kinds) + 15, one.blocks[column], anchor="middle", class_="tick")
@@ -147,7 +147,7 @@ def map_figure(key: str, one: BlockMap) -> Figure:
         for row, kind in enumerate(one.kinds)
         for column, block in enumerate(one.blocks)
     ]
-    note = f"Share of the weights that are zero, {one.model}: white is none, full colour is all."
+    note = f"Share of the weights that are zero, {one.model}: no colour is none, full colour is all."
     return Figure(key, f"Sparsity of {one.model}", note, chart.render(note), ["block", "matrix", "sparsity"], rows)
 
 
