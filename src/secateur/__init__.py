@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from secateur.verbs.inspect import inspect
     from secateur.verbs.prune import prune
     from secateur.verbs.recover import recover
+    from secateur.verbs.report import report
 
     __version__: str
 
@@ -46,6 +47,7 @@ _HOMES = {
     "inspect": "secateur.verbs.inspect",
     "prune": "secateur.verbs.prune",
     "recover": "secateur.verbs.recover",
+    "report": "secateur.verbs.report",
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "inspect",
     "prune",
     "recover",
+    "report",
 ]
 
 

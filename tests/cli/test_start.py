@@ -12,7 +12,7 @@ import pytest
 import secateur
 
 HEAVY = {"torch", "transformers", "numpy", "accelerate", "safetensors", "datasets", "huggingface_hub", "gguf"}
-HEAVY |= {"optuna", "ray", "sqlalchemy"}
+HEAVY |= {"optuna", "ray", "sqlalchemy", "jinja2", "codecarbon"}
 SOURCE = Path(secateur.__file__).parent.parent
 
 STARTS = {
@@ -23,6 +23,7 @@ STARTS = {
     "help of export": "from secateur.cli.app import main; main(['export', '--help'])",
     "help of study": "from secateur.cli.app import main; main(['study', 'run', '--help'])",
     "bad study": "from secateur.cli.app import main; main(['study', 'run', 'papper'])",
+    "help of report": "from secateur.cli.app import main; main(['report', '--help'])",
     "methods": "from secateur.cli.app import main; main(['methods'])",
     "method": "from secateur.cli.app import main; main(['methods', 'sparsegpt'])",
     "bad usage": "from secateur.cli.app import main; main(['prune', 'm', '--sparsity', '2'])",

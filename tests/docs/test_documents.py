@@ -46,7 +46,7 @@ def test_a_stale_part_is_noticed(generator):
 
 def test_every_flag_of_the_help_is_in_the_reference(run_help):
     reference = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    for command in ("inspect", "prune", "evaluate", "export", "generate", "methods"):
+    for command in ("inspect", "prune", "evaluate", "export", "generate", "report", "methods"):
         section = reference.split(f"## secateur {command}\n")[1].split("\n## ")[0]
         flags = set(re.findall(r"--[a-z][a-z-]+", run_help(command))) - {"--help"}
         assert flags

@@ -66,8 +66,8 @@ def test_logits_changed_after_the_head_are_not_missed():
     """Where a model does more than apply its output matrix, the model's own logits count."""
     plain, capped = tiny_model("gemma3"), tiny_model("gemma3", final_logit_softcapping=0.5)
     windows = some_windows()
-    assert NextTokenScorer(plain)._body is not None
-    assert NextTokenScorer(capped)._body is None
+    assert NextTokenScorer(plain).body is not None
+    assert NextTokenScorer(capped).body is None
     assert perplexity(capped, windows).nll_per_token == pytest.approx(naive(capped, windows)[0], abs=2e-5)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, cast
 
 import typer
 
-from secateur.cli import bench, console, evaluate, export, generate, inspect, methods, prune, recover, study
+from secateur.cli import bench, console, evaluate, export, generate, inspect, methods, prune, recover, report, study
 from secateur.errors import SecateurError
 
 USAGE_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -50,6 +50,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("report")(report.report)
 app.command("methods")(methods.methods)
 app.add_typer(study.app, name="study")
 

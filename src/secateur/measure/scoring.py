@@ -15,13 +15,16 @@ import torch.nn.functional as F
 from secateur.errors import CalibrationError, RunError, UnsupportedModelError
 
 # Positions whose logits are in memory at once: 256 x 50,000 x 4 bytes = 51 MB.
-_POSITIONS = 256
+POSITIONS = 256
 
 _PROBE_TOKENS = 12
 
 
 class NextTokenScorer:
     """Scores next tokens with a causal model.
+
+    ``body`` and ``head`` are its two parts where the logits are the output matrix applied to the body's states and
+    nothing else; None where they are more than that.
 
     Raises:
         UnsupportedModelError: for a model without next-token logits; the message says why it has none.
@@ -31,8 +34,8 @@ class NextTokenScorer:
         self.model = model
         self.device = next(model.parameters()).device
         self.vocabulary = _check_structure(model)
-        self._body: Any = None
-        self._head: Any = None
+        self.body: Any = None
+        self.head: Any = None
         with torch.inference_mode():
             self._probe()
 
@@ -70,15 +73,15 @@ class NextTokenScorer:
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask.to(self.device)
         with torch.inference_mode():
-            if self._body is not None:
-                states = self._body(**arguments).last_hidden_state[:, :-1][predicts]
-                head = self._head
+            if self.body is not None:
+                states = self.body(**arguments).last_hidden_state[:, :-1][predicts]
+                head = self.head
             else:
                 states = self.model(**arguments).logits[:, :-1][predicts]
                 head = torch.nn.Identity()
             parts = [
                 F.cross_entropy(head(some).float(), wanted, reduction="none")
-                for some, wanted in zip(states.split(_POSITIONS), targets.split(_POSITIONS), strict=True)
+                for some, wanted in zip(states.split(POSITIONS), targets.split(POSITIONS), strict=True)
             ]
             losses = torch.cat(parts).cpu()
         if bool(losses.isnan().any()):
@@ -104,7 +107,7 @@ class NextTokenScorer:
         if isinstance(body, torch.nn.Module) and body is not model and isinstance(head, torch.nn.Module):
             states = getattr(body(input_ids=tokens, use_cache=False), "last_hidden_state", None)
             if isinstance(states, torch.Tensor) and torch.equal(head(states), logits):
-                self._body, self._head = body, head
+                self.body, self.head = body, head
 
 
 def _check_structure(model: Any) -> int:

@@ -1,0 +1,138 @@
+"""The answer: whether pruning pays, which setting to take, and whether quantising alone would do as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from secateur.report_result import Comparison, ReportModel, ReportResult
+
+_GAINS = (
+    ("bytes_disk", "the bytes", "minimize"),
+    ("decode_speedup", "the decoding speed", "maximize"),
+    ("flops_per_token", "the operations", "minimize"),
+    ("joules_per_token", "the energy", "minimize"),
+)
+
+
+def answer(result: ReportResult, chosen: Sequence[int]) -> None:
+    """Write the three sentences, the recommended model and its command into a result with its fronts.
+
+    Args:
+        chosen: models that studies recommend; the first one is taken.
+    """
+    if chosen:
+        number: int | None = chosen[0]
+        comparison = next(c for c in result.comparisons if number in c.models)
+        how = "it is what its study chose"
+    else:
+        measured = [c for c in result.comparisons if c.quality]
+        comparison = max(measured or result.comparisons, key=lambda c: (len(c.fronts), len(c.models)))
+        number, how = _choice(comparison, result.models)
+    result.recommended = number
+    result.command = "" if number is None else result.models[number].command
+    result.answer = [
+        _pays(result, comparison, number),
+        _take(result, comparison, number, how),
+        _quantised(result, comparison, number),
+    ]
+
+
+def _choice(comparison: Comparison, models: Sequence[ReportModel]) -> tuple[int | None, str]:
+    """A pruned model on a front: the knee of the first front that has one, else the best in quality."""
+    for front in comparison.fronts:
+        if front.knee is not None and models[front.knee].kind == "pruned":
+            return front.knee, f"it is the knee of the front of {_axis(front.axis)}"
+    on = [n for front in comparison.fronts for n in front.front if models[n].kind == "pruned"]
+    if not on:
+        return None, ""
+    sign = 1 if comparison.better == "minimize" else -1
+    best = min(on, key=lambda n: sign * models[n].values[comparison.quality])
+    axes = [_axis(front.axis) for front in comparison.fronts if best in front.front]
+    return best, f"of the pruned models that no other betters in {' or '.join(axes)}, its quality is the best"
+
+
+def _axis(name: str) -> str:
+    return next(title for key, title, _ in _GAINS if key == name).removeprefix("the ")
+
+
+def _dense(comparison: Comparison, models: Sequence[ReportModel]) -> ReportModel | None:
+    return next((models[n] for n in comparison.models if models[n].kind == "dense"), None)
+
+
+def _pays(result: ReportResult, comparison: Comparison, number: int | None) -> str:
+    models, source = result.models, comparison.source
+    dense = _dense(comparison, models)
+    if not comparison.quality:
+        return f"Whether pruning {source} pays is not known: no input measured quality."
+    if number is None:
+        return (
+            f"Pruning {source} does not pay here: no pruned model is better than the others in anything that was "
+            "measured beside quality."
+        )
+    gains = _gains(models[number], dense)
+    if dense is None:
+        return f"Whether pruning {source} pays is not known: no input has the dense model measured in the same way."
+    better = [text for text, good in gains if good]
+    if not better:
+        return f"Pruning {source} does not pay here: what is recommended costs quality and gains nothing measured."
+    return f"Pruning {source} pays if the quality is enough: {', '.join(better)} of the dense model."
+
+
+def _gains(model: ReportModel, dense: ReportModel | None) -> list[tuple[str, bool]]:
+    """What it has of each quantity relative to the dense model, and whether that is better by more than 3 %."""
+    found = []
+    for name, title, better in _GAINS:
+        own, base = model.values.get(name), None if dense is None else dense.values.get(name)
+        if name == "decode_speedup":
+            base = 1.0
+        if own is not None and base:
+            ratio = own / base
+            found.append((f"{ratio:.2f} times {title}", ratio < 0.97 if better == "minimize" else ratio > 1.03))
+    return found
+
+
+def _take(result: ReportResult, comparison: Comparison, number: int | None, how: str) -> str:
+    dense = _dense(comparison, result.models)
+    if number is None:
+        if not comparison.quality:
+            return "So no setting is recommended: measure with secateur evaluate, or prune without --no-evaluate."
+        return "So keep the dense model, or quantise it." if dense is not None else "So no setting is recommended."
+    model = result.models[number]
+    told = _quality(model, comparison)
+    beside = f" against {_quality(dense, comparison)} of the dense model" if dense is not None else ""
+    return f"Take {model.name}: {comparison.quality} {told}{beside}; {how}."
+
+
+def _quality(model: ReportModel | None, comparison: Comparison) -> str:
+    value = None if model is None else model.values.get(comparison.quality)
+    return "(not measured)" if value is None else f"{value:.2%}" if comparison.better == "maximize" else f"{value:,.2f}"
+
+
+def _quantised(result: ReportResult, comparison: Comparison, number: int | None) -> str:
+    """Whether a quantised dense model has better quality at no more bytes."""
+    models = result.models
+    known = [
+        models[n] for n in comparison.models
+        if models[n].kind == "quantised" and comparison.quality in models[n].values and "bytes_disk" in models[n].values
+    ]  # fmt: skip
+    if not known:
+        return (
+            "What quantising alone would give is not known: no input has such a baseline measured in the same way "
+            "(secateur bench and secateur study measure them)."
+        )
+    sign = 1 if comparison.better == "minimize" else -1
+
+    def told(model: ReportModel) -> str:
+        size = model.values["bytes_disk"] / 1e6
+        return f"{model.name} has {comparison.quality} {_quality(model, comparison)} at {size:,.1f} MB"
+
+    smallest = min(known, key=lambda m: (m.values["bytes_disk"], sign * m.values[comparison.quality]))
+    own = {} if number is None else models[number].values
+    if "bytes_disk" not in own or comparison.quality not in own:
+        return f"Quantising alone: {told(smallest)}."
+    fitting = [m for m in known if m.values["bytes_disk"] <= own["bytes_disk"]]
+    if not fitting:
+        return f"Quantising alone does not come down to its {own['bytes_disk'] / 1e6:,.1f} MB: {told(smallest)}."
+    best = min(fitting, key=lambda m: sign * m.values[comparison.quality])
+    wins = sign * best.values[comparison.quality] < sign * own[comparison.quality]
+    return f"Quantising alone is {'better' if wins else 'no better'} at no more bytes: {told(best)}."

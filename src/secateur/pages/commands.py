@@ -1,0 +1,80 @@
+"""The command line that makes the model of a result: the recipe it was made with, as flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.errors import SecateurError
+from secateur.plugins import describe
+from secateur.recipe import Recipe
+from secateur.result import PruneResult, RecoverResult
+from secateur.training import Training
+
+
+def command_of(result: PruneResult | RecoverResult, out: str) -> str:
+    """The command, with flags only for what is not the default.
+
+    Args:
+        out: name of the folder it shall write.
+    """
+    if isinstance(result, PruneResult):
+        model, verb = str(result.source.get("model") or "MODEL"), "prune"
+        flags = _flags(Recipe, {k: v for k, v in result.recipe.items() if k not in ("method_options", "overrides")})
+        flags += _options(result.recipe)
+    else:
+        model, verb = str(result.student.get("model") or "MODEL"), "recover"
+        flags = _flags(Training, {k: v for k, v in result.settings.items() if k != "trainer"})
+        trainer = result.settings.get("trainer")
+        flags += [f"--trainer={k}={v}" for k, v in (trainer.items() if isinstance(trainer, dict) else ())]
+    return shlex.join(["secateur", verb, model, "-o", out, *flags])
+
+
+def settings_of(result: PruneResult | RecoverResult) -> dict[str, Any]:
+    """The settings that are not the default, by name."""
+    cls, data = (Recipe, result.recipe) if isinstance(result, PruneResult) else (Training, result.settings)
+    return {name: value for name, value in _changed(cls, data).items() if name not in ("method_options", "overrides")}
+
+
+def _changed(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    changed = {}
+    for entry in dataclasses.fields(cls):
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        default = list(default) if isinstance(default, tuple) else default
+        if entry.name in data and data[entry.name] != default:
+            changed[entry.name] = data[entry.name]
+    return changed
+
+
+def _flags(cls: type[Any], data: Mapping[str, Any]) -> list[str]:
+    flags: list[str] = []
+    for name, value in _changed(cls, data).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(flag if value else "--no-" + flag[2:])
+        elif name == "structure" and isinstance(value, list):
+            if value != ["auto"]:  # what a budget means without it
+                flags += [flag, ",".join(map(str, value))]
+        elif isinstance(value, list):
+            flags += [f"{flag}={one}" for one in value]
+        elif value is not None:
+            flags += [flag, str(value)]
+    return flags
+
+
+def _options(recipe: Mapping[str, Any]) -> list[str]:
+    """Options of the method that are not its defaults, and the overrides."""
+    structure = recipe.get("structure") or []
+    kind = "expert_criteria" if "experts" in structure else "criteria" if structure else "methods"
+    try:
+        known = {option.name: str(option.default) for option in describe(kind, str(recipe.get("method")), kind).options}
+    except SecateurError:  # a method that this version does not have
+        known = {}
+    options = recipe.get("method_options")
+    given = options.items() if isinstance(options, dict) else ()
+    flags = [f"--method-option={name}={value}" for name, value in given if known.get(name) != str(value)]
+    overrides = recipe.get("overrides")
+    known_overrides = [one for one in overrides if isinstance(one, dict)] if isinstance(overrides, list) else []
+    return flags + [f"--override={one.get('match')}={one.get('sparsity')}" for one in known_overrides]

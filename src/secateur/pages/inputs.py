@@ -1,0 +1,85 @@
+"""What a page is made of: the result of a folder, of a study, or of a benchmark, told apart by what is in the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from secateur.bench_result import BenchResult
+from secateur.errors import UsageError
+from secateur.pages.decode import EXPECTED, decode, read_json
+from secateur.result import RESULT_FILE, PruneResult, RecoverResult
+from secateur.study_result import StudyResult
+
+Result = PruneResult | RecoverResult | StudyResult | BenchResult
+MARKS: dict[type[Result], tuple[str, ...]] = {
+    PruneResult: ("recipe", "matrices", "before", "after"),
+    RecoverResult: ("student", "settings", "before", "after"),
+    StudyResult: ("objectives", "trials"),
+    BenchResult: ("runtime", "against"),
+}
+"""Keys by which a file is known."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input. ``folder`` is where its model is, None for a study or a benchmark."""
+
+    name: str
+    """Short, and different from that of every other input."""
+    path: Path
+    result: Result
+    folder: Path | None = None
+
+
+def read_inputs(paths: Sequence[str | Path]) -> list[Input]:
+    """Read every input, in order.
+
+    Raises:
+        UsageError: for no input, one that is given twice, is not there, or is no result; what was expected is said.
+    """
+    if not paths:
+        raise UsageError("nothing to report on", hint=EXPECTED)
+    found: list[Path] = []
+    for given in paths:
+        path = Path(given).expanduser()
+        path = path.parent if path.name == RESULT_FILE and path.is_file() else path
+        if any(path.resolve() == other.resolve() for other in found):
+            raise UsageError(f"{given} is given twice", hint="give each input once")
+        found.append(path)
+    return [
+        Input(name, path, _read(path), path if path.is_dir() else None)
+        for name, path in zip(_names(found), found, strict=True)
+    ]
+
+
+def _read(path: Path) -> Result:
+    file = path
+    if path.is_dir():
+        file = path / RESULT_FILE
+        if not file.is_file():
+            raise UsageError(
+                f"{path} has no {RESULT_FILE}: prune and recover write one beside the model", hint=EXPECTED
+            )
+    elif not path.exists():
+        raise UsageError(f"no such file or folder: {path}", hint=EXPECTED)
+    data = read_json(file)
+    for cls, marks in MARKS.items():
+        if all(mark in data for mark in marks):
+            if path.is_dir() and cls in (StudyResult, BenchResult):
+                break
+            return decode(cls, data, str(file))
+    raise UsageError(f"{file} is no result that can be reported on", hint=EXPECTED)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    names = []
+    for own in parts:
+        count = 1
+        while count < len(own) and sum(other[-count:] == own[-count:] for other in parts) > 1:
+            count += 1
+        names.append("/".join(own[-count:]))
+    return names
