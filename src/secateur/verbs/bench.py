@@ -130,7 +130,7 @@ def bench(
                 "resident": "resident memory of a fresh process after it ran, less what it was before the weights "
                 "were loaded",
                 "energy": meter.source if meter is not None else why,
-                "quality": entries[0].protocol,
+                "perplexity": entries[0].protocol,
                 "operations": entries[0].counted,
                 "threads": count, "device": where.type,
             },

@@ -30,7 +30,7 @@ from secateur.measure.size import measure_size
 from secateur.progress import Reporter
 from secateur.result import RESULT_FILE
 from secateur.verbs.calibration import load_tokenizer, maximum_length
-from secateur.verbs.evaluate import has_language_head
+from secateur.verbs.evaluate import has_language_head, perplexity_protocol
 from secateur.verbs.inspect import zeros_of_matrices
 
 
@@ -46,8 +46,8 @@ class Entry:
     """The ``.gguf`` file, for llama.cpp."""
     plan: GGUFPlan | None = None
     quantities: Quantities = field(init=False)
-    protocol: dict[str, Any] = field(default_factory=dict)
-    """Of the quality."""
+    protocol: str = ""
+    """Of the perplexity."""
     counted: str = ""
     """How operations were counted."""
 
@@ -141,7 +141,7 @@ class Entry:
         row.perplexity = found.perplexity
         if found.perplexity is None:
             row.missing["perplexity"] = f"it is beyond the largest number ({found.nll_per_token:.0f} nats per token)"
-        self.protocol = {"data": text.origin, "windows": len(cut), "sequence_length": length, "tokens": found.tokens}
+        self.protocol = perplexity_protocol(text.origin, cut)
 
     def contender(self, device: str, threads: int, context: int) -> Contender:
         """How its process is started."""

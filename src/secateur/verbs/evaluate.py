@@ -181,12 +181,22 @@ def _perplexity(result: EvaluateResult, ours: _Opened, cut: Any, origin: str) ->
     result.perplexity, result.perplexity_stderr = measured.perplexity, measured.perplexity_stderr
     result.nll_per_token, result.nll_stderr = measured.nll_per_token, measured.stderr
     result.tokens, result.tokens_per_second = measured.tokens, measured.tokens_per_second
-    result.protocol["perplexity"] = (
+    result.protocol["perplexity"] = perplexity_protocol(origin, cut)
+    if measured.perplexity is None:
+        ours.reporter.warn(f"the perplexity is too large for a number: {measured.nll_per_token:.1f} nats per token")
+
+
+def perplexity_protocol(origin: str, cut: Any) -> str:
+    """How perplexity was measured, in words.
+
+    Args:
+        origin: what the text is.
+        cut: its windows, (count, length).
+    """
+    return (
         f"{origin}; tokenised whole, the first {len(cut)} windows of {cut.shape[1]:,} tokens that do not overlap, "
         "no special tokens, mean over predicted tokens, fp32 log-softmax; standard error over windows"
     )
-    if measured.perplexity is None:
-        ours.reporter.warn(f"the perplexity is too large for a number: {measured.nll_per_token:.1f} nats per token")
 
 
 def _file(result: EvaluateResult, ours: _Opened, key: str, content: _Content) -> None:
