@@ -16,6 +16,8 @@ from secateur.errors import Interrupted, StudyError
 from secateur.study import run_study, study_status
 from secateur.study.trial import Outcome
 from secateur.study_result import StudyResult
+from tests.formats.tokenizers import ROWS, byte_level
+from tests.models import save_tiny
 from tests.study.studies import StandIn, write_study
 
 
@@ -42,6 +44,28 @@ def test_a_grid_is_tried_once_each_and_the_finalists_are_measured_on_the_test_te
                                                             for trial in result.trials]  # fmt: skip
     assert json.loads((place / "tiny.json").read_text()) == result.to_dict()
     assert study_status(place / "tiny.db").to_dict() == study_status(place / "tiny.yaml").to_dict() == result.to_dict()
+
+
+def test_the_dense_model_in_other_formats_stands_beside_the_trials(place, trials):
+    folder = save_tiny(place / "wide", "llama", vocab_size=ROWS, hidden_size=64, intermediate_size=96, head_dim=16)
+    byte_level().save_pretrained(folder)
+    result = run(place, model="wide", baselines=["bfloat16", "q8_0", "q4_0"], finalists=1)
+    dense, half, eight, four = result.baselines
+    assert [one.name for one in result.baselines] == ["dense", "bfloat16", "q8_0", "q4_0"]
+    assert [one.number for one in result.baselines] == [-1, -2, -3, -4]
+    sizes = [one.values["bytes_disk"] for one in result.baselines]
+    assert sizes[0] > sizes[1]
+    assert sizes[2] > sizes[3]
+    for one in (half, eight, four):
+        assert one.values["nll_per_token"] == pytest.approx(dense.values["nll_per_token"], abs=0.05)
+        assert one.values["flops_per_token"] == dense.values["flops_per_token"]
+    assert eight.command == f"secateur export {folder} -o baseline-q8_0.gguf --quantize q8_0"
+
+
+def test_a_format_that_cannot_hold_the_model_is_left_out_and_told(place, trials):
+    result = run(place, baselines=["q4_0"], finalists=1)  # its tokenizer is none that llama.cpp knows
+    assert [one.name for one in result.baselines] == ["dense"]
+    assert any("baseline q4_0 is left out" in warning for warning in result.warnings)
 
 
 def test_optuna_opens_the_same_file(place, trials):

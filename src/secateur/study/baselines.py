@@ -1,27 +1,34 @@
-"""The models that trials are compared with: the dense one, and the dense one in another number format"""
+"""The models that trials are compared with: the dense one, and the dense one in other number formats"""
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import statistics
+import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from secateur.checkpoint.folder import OutputFolder
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, UnsupportedModelError
 from secateur.measure.compare import Worker
+from secateur.measure.llama_cpp import INSTALL, PACKAGE, LlamaCpp, is_installed
 from secateur.measure.size import measure_size
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
 from secateur.study.command import command_line
 from secateur.study.flops import measure_flops
 from secateur.study.setup import Setup
-from secateur.study.share import Quality, dense_quality, quality
+from secateur.study.share import Measuring, Quality, dense_quality, quality
 from secateur.study.stopping import exp
 from secateur.study.store import Store
 from secateur.study.values import meets, violations
 from secateur.study_result import Trial
+from secateur.verbs.bench_entries import QUANTISED, quantised
 from secateur.verbs.prune import prune
 
 ROUNDS = 6
@@ -61,6 +68,12 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
         started = time.monotonic()
         reporter.stage(f"baseline {name}", 1)
         # Nothing goes, only the number format changes.
+        if name in QUANTISED:
+            made = _quantised(-number, name, setup, first, reporter)
+            if made is not None:
+                made.meets = _meets(made, kept, setup)
+                _keep(store, made, kept, started)
+            continue
         recipe = Recipe.from_dict({"method": "magnitude", "sparsity": 0.0, "dtype": name})
         folder = spec.out / f"baseline-{name}"
         command = command_line(spec.model, recipe, None, folder.name, reads_text=False)
@@ -68,8 +81,7 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
         prune(spec.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
         measured = quality(folder, setup.choice, first=first, device=setup.device, reporter=reporter)
         trial = _trial(-number, name, command, measured, folder, setup)
-        dense = next(one for one in kept if one.name == "dense").values
-        trial.meets = meets(violations(spec.constraints, trial.values, dense))
+        trial.meets = _meets(trial, kept, setup)
         _keep(store, trial, kept, started)
         if spec.keep != "all":
             shutil.rmtree(folder, ignore_errors=True)
@@ -78,6 +90,50 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
         dense_trial.values, float(store.get("dense_first")),
         float(store.get("spent", {}).get("dense_quality_seconds", 0.0)),
     )  # fmt: skip
+
+
+def _meets(trial: Trial, kept: Sequence[Trial], setup: Setup) -> bool | None:
+    dense = next(one for one in kept if one.name == "dense").values
+    return meets(violations(setup.spec.constraints, trial.values, dense))
+
+
+def _quantised(number: int, name: str, setup: Setup, first: int, reporter: Reporter) -> Trial | None:
+    """The dense model as a file of llama.cpp, with the perplexity of the numbers it holds; None when there is none."""
+    spec = setup.spec
+    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
+        entry, why = quantised(spec.model, setup.source, name, Path(scratch), reporter)
+        if entry is None or entry.file is None:
+            reporter.warn(f"baseline {name} is left out: {why}")
+            return None
+        model = entry.float32_model(setup.device)
+        found = Measuring(model, setup.choice, first, reporter).all()
+        del model
+        perplexity = exp(found.nll)
+        values: dict[str, float | None] = {
+            "perplexity": perplexity if perplexity < float("inf") else None,
+            "nll_per_token": found.nll,
+            "bytes_disk": entry.file.stat().st_size,
+            **measure_flops(setup.source.folder, {})[0],
+        }
+        missing = {}
+        if "decode_tokens_per_second" in spec.wanted:
+            try:
+                values["decode_tokens_per_second"] = _decode_in_llama_cpp(entry.file, setup)
+            except SecateurError as error:
+                missing["decode_tokens_per_second"] = error.message
+    command = f"secateur export {shlex.quote(spec.model)} -o baseline-{name}.gguf --quantize {name}"
+    return Trial(number, "complete", {}, command, values, name=name, missing=missing)
+
+
+def _decode_in_llama_cpp(file: Path, setup: Setup) -> float:
+    if not is_installed():
+        raise UnsupportedModelError(f"{PACKAGE} is not installed", hint=INSTALL)
+    context = len(setup.prompt) + NEW_TOKENS + 16
+    with LlamaCpp(file, context=context, threads=torch.get_num_threads(), exact=False) as worker:
+        request = {"tokens": setup.prompt, "new_tokens": NEW_TOKENS, "runs": 1}
+        worker.ask("speed", **request)
+        answers = [worker.ask("speed", **request)["decode_tokens_per_second"] for _ in range(ROUNDS)]
+    return float(statistics.median(answers))
 
 
 def _keep(store: Store, trial: Trial, kept: list[Trial], started: float) -> None:

@@ -145,7 +145,6 @@ class _Run:
             total = sum(1 for _ in self.spec.grid())
             if self.spec.trials < total:
                 self.reporter.warn(f"the grid has {total} settings: the first {self.spec.trials} are tried")
-        self.store.put("warnings", self.reporter.warnings)
 
     def _planned(self) -> int | None:
         if self.spec.sampler != "grid":
@@ -341,6 +340,8 @@ class _Run:
     def _write(self, *, whole: bool = True) -> StudyResult:
         """Write what there is; ``whole`` with importances, which take longer the more trials there are."""
         self._clock.keep()
+        # Those of earlier runs of a resumed study stay.
+        self.store.put("warnings", list(dict.fromkeys([*self.store.get("warnings", []), *self.reporter.warnings])))
         result = result_of(self.store, importances=whole)
         write_result(self.spec.storage, result)
         return result

@@ -26,8 +26,8 @@ from secateur.training import Training
 BUILTIN = {"paper": "paper.yaml"}
 """Studies that come with the library."""
 SAMPLERS = ("grid", "tpe", "nsga2")
-BASELINES = ("bfloat16",)
-"""What can be measured beside the dense model."""
+BASELINES = ("bfloat16", "q8_0", "q4_0")
+"""What can be measured beside the dense model: other number formats, the last two as files of llama.cpp."""
 SINGLE = ("targets", "ignore", "overrides")
 """Fields of a recipe that mean something only where single weights go."""
 FIXED = (*SINGLE, "round_to", "update", "depth_by", "device", "compute_dtype", "activation_memory")

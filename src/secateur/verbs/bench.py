@@ -23,7 +23,7 @@ from secateur.measure.in_turn import Load, Measurement, measure_in_turn
 from secateur.measure.llama_cpp import PACKAGE as LLAMA_CPP
 from secateur.measure.llama_cpp import is_installed
 from secateur.progress import Recorder, Reporter
-from secateur.verbs.bench_entries import Entry, quantised, source_of, stored
+from secateur.verbs.bench_entries import QUANTISED, Entry, quantised, source_of, stored
 from secateur.verbs.bench_verdict import bench_sentences
 from secateur.verbs.memory import as_source
 from secateur.verbs.provenance import versions
@@ -32,8 +32,6 @@ WINDOWS = 12
 """Windows of the measuring text, when the text has as many."""
 SURE = 0.95
 """Coverage of an interval from which a difference may be claimed: six rounds."""
-QUANTISED = ("q8_0", "q4_0")
-"""Formats of llama.cpp that the dense model is compared in: 8 and 4 bits, with a scale for every 32 numbers."""
 _SIZES = ("parameters", "nonzero", "bytes_disk", "bytes_resident", "flops_per_token", "sparse_flops_per_token")
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_tokens_per_second_batch_8",
            "seconds_to_first_token", "joules_per_token")  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import gguf
 import torch
+import transformers
 
 from secateur.bench_result import Quantities
 from secateur.checkpoint.reader import CheckpointReader
@@ -32,6 +33,9 @@ from secateur.result import RESULT_FILE
 from secateur.verbs.calibration import load_tokenizer, maximum_length
 from secateur.verbs.evaluate import has_language_head, perplexity_protocol
 from secateur.verbs.inspect import zeros_of_matrices
+
+QUANTISED = ("q8_0", "q4_0")
+"""Formats of llama.cpp that the dense model is compared in: 8 and 4 bits, with a scale for every 32 numbers."""
 
 
 @dataclass
@@ -130,9 +134,10 @@ class Entry:
         try:
             tokenizer = load_tokenizer(self.source.folder)
             cut = windows(text.text, tokenizer, length, None)[:count]
-            model = load_model(self.source.folder, device=device.type, dtype="float32" if self.file else self.format)
-            if self.file is not None and self.plan is not None:
-                _take_numbers(model, self.file, self.plan)
+            if self.file is not None:
+                model = self.float32_model(device.type)
+            else:
+                model = load_model(self.source.folder, device=device.type, dtype=self.format)
             found = perplexity(model, cut, reporter=reporter)
         except SecateurError as error:
             row.missing["perplexity"] = error.message
@@ -142,6 +147,13 @@ class Entry:
         if found.perplexity is None:
             row.missing["perplexity"] = f"it is beyond the largest number ({found.nll_per_token:.0f} nats per token)"
         self.protocol = perplexity_protocol(text.origin, cut)
+
+    def float32_model(self, device: str) -> transformers.PreTrainedModel:
+        """The model in transformers, with the numbers of the file where there is one."""
+        model = load_model(self.source.folder, device=device, dtype="float32")
+        if self.file is not None and self.plan is not None:
+            _take_numbers(model, self.file, self.plan)
+        return model
 
     def contender(self, device: str, threads: int, context: int) -> Contender:
         """How its process is started."""
