@@ -43,9 +43,10 @@ $(VENV)/dev: $(VENV)/secateur
 install: $(VENV)/secateur ## Install secateur into .venv
 
 demo: $(VENV)/secateur ## Prune a real model twice, half of its weights and a fifth of its neurons, and compare on one page
-	$(BIN)/secateur prune demo -o $(OUT) --overwrite $(ARGS)
-	$(BIN)/secateur prune demo -o $(OUT)-smaller --structure ffn --sparsity 0.2 --beside $(OUT) --overwrite
-	$(BIN)/secateur report $(OUT) $(OUT)-smaller -o $(OUT).html --samples 2 --sequence-length 256 --overwrite
+	$(BIN)/secateur prune demo -o $(OUT) --no-evaluate --overwrite $(ARGS)
+	$(BIN)/secateur prune demo -o $(OUT)-smaller --structure ffn --sparsity 0.2 --no-evaluate --overwrite
+	$(BIN)/secateur bench $(OUT)-smaller --against demo --against $(OUT) --rounds 6 -o $(OUT).json --overwrite
+	$(BIN)/secateur report $(OUT) $(OUT)-smaller $(OUT).json -o $(OUT).html --samples 2 --sequence-length 256 --overwrite
 
 test: $(VENV)/dev ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from secateur.bench_result import BenchResult, Quantities, RatioResult
 
@@ -28,12 +29,14 @@ def test_flags_become_arguments(verb, run):
     bench.answer = result()
     done = run(
         "bench", "pruned", "--against", "dense", "--against", "small", "--baselines", "--data", "none", "--rounds", "9",
+        "-o", "bench.json", "--overwrite",
         "--prompt-tokens", "64", "--new-tokens", "8", "--region", "FRA", "--threads", "2",
     )  # fmt: skip
     assert done.status == 0
     assert bench.args == ("pruned",)
     assert bench.kwargs.pop("reporter") is not None
     assert bench.kwargs == {
+        "out": Path("bench.json"), "overwrite": True,
         "against": ("dense", "small"), "baselines": True, "data": None, "sequence_length": None, "prompt_tokens": 64,
         "new_tokens": 8, "rounds": 9, "region": "FRA", "threads": 2, "device": "auto", "dtype": "auto",
     }  # fmt: skip

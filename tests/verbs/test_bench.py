@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 import secateur
 from secateur.bench_result import BenchResult, Quantities, RatioResult
-from secateur.errors import SourceError, UnsupportedModelError, UsageError
+from secateur.errors import OutputError, SourceError, UnsupportedModelError, UsageError
 from secateur.measure.llama_cpp import is_installed
 from secateur.verbs.bench import efficiency
 from secateur.verbs.bench_verdict import bench_sentences
@@ -80,6 +82,20 @@ def test_everything_not_measured_has_its_reason(result):
 def test_the_result_is_plain_data(result):
     BenchResult(**result.to_dict())
     assert result.to_json()
+
+
+def test_the_result_is_kept_for_a_report_and_never_replaced_unasked(folders, tmp_path):
+    out = tmp_path / "bench.json"
+    found = secateur.bench(folders[1], out=out, against=[folders[0]], **QUICK)
+    assert json.loads(out.read_text()) == json.loads(found.to_json())
+    page = secateur.report([folders[1], out], run=False)
+    assert {model.kind for model in page.models} >= {"dense", "pruned"}
+    with pytest.raises(OutputError, match="exists"):
+        secateur.bench(folders[1], out=out, **QUICK)
+    with pytest.raises(OutputError, match=r"\.json"):
+        secateur.bench(folders[1], out=tmp_path / "bench.txt", **QUICK)
+    with pytest.raises(OutputError, match="inside the model"):
+        secateur.bench(folders[1], out=folders[1] / "bench.json", **QUICK)
 
 
 def test_a_model_in_memory_is_measured_like_its_folder(folders):

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from secateur.cli import bench_table, console
-from secateur.cli.options import MACHINE_PANEL, Debug, Json, Model, Quiet, RunDevice, RunDtype
+from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Model, Quiet, RunDevice, RunDtype
 
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", show_default="none", rich_help_panel=OUTPUT_PANEL,
+        help="Keep the result in this .json file; `secateur report` reads it.",
+    ),
+]  # fmt: skip
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Replace an existing OUT.")
+]  # fmt: skip
 Against = Annotated[
     list[str] | None,
     typer.Option("--against", metavar="MODEL", help="A model to compare with in the same run; can be given again."),
@@ -43,6 +54,7 @@ Threads = Annotated[
 
 def bench(
     model: Model,
+    out: Out = None,
     against: Against = None,
     baselines: Baselines = False,
     data: Data = "builtin",
@@ -54,6 +66,7 @@ def bench(
     threads: Threads = None,
     device: RunDevice = "auto",
     dtype: RunDtype = "auto",
+    overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -64,6 +77,7 @@ def bench(
 
         result = run(
             model,
+            out=out,
             against=tuple(against or ()),
             baselines=baselines,
             data=None if data == "none" else data,
@@ -75,6 +89,7 @@ def bench(
             threads=threads,
             device=device,
             dtype=dtype,
+            overwrite=overwrite,
             reporter=reporter,
         )
     console.emit(result, json=json, render=lambda: bench_table.benched(result))

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from secateur.bench_result import BenchResult, Quantities, RatioResult
+from secateur.checkpoint.file import OutputFile
 from secateur.checkpoint.source import open_source
 from secateur.corpus.load import load_text
 from secateur.engine.device import parse_dtype, resolve_device
@@ -23,6 +24,7 @@ from secateur.measure.in_turn import Load, Measurement, measure_in_turn
 from secateur.measure.llama_cpp import PACKAGE as LLAMA_CPP
 from secateur.measure.llama_cpp import is_installed
 from secateur.progress import Recorder, Reporter
+from secateur.result import write_json
 from secateur.verbs.bench_entries import QUANTISED, Entry, quantised, source_of, stored
 from secateur.verbs.bench_verdict import bench_sentences
 from secateur.verbs.memory import as_source
@@ -40,6 +42,7 @@ _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_toke
 def bench(
     model: str | Path | transformers.PreTrainedModel,
     *,
+    out: str | Path | None = None,
     against: Sequence[str | Path] = (),
     baselines: bool = False,
     tokenizer: Any = None,
@@ -52,12 +55,14 @@ def bench(
     threads: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    overwrite: bool = False,
     reporter: Reporter | None = None,
 ) -> BenchResult:
     """Size, memory, speed, energy, operations and quality of a model, beside others in the same run.
 
     Args:
         model: a folder, hub id, ``.gguf`` file, ``demo``, or a model in memory (with its ``tokenizer``).
+        out: ``.json`` file that keeps the result, for `report`; None keeps none.
         against: models it is compared with; each round measures all of them, one after the other.
         baselines: add what a user would otherwise take: the dense model (the first of ``against``, else the one that
             ``secateur.json`` names, else ``model``) in float32, bfloat16 and, in llama.cpp, with 8 and 4 bits.
@@ -69,14 +74,18 @@ def bench(
         region: country whose electricity the carbon dioxide is counted for, three letters.
         threads: CPU threads; None leaves the choice to PyTorch.
         dtype: number format that ``model`` and ``against`` run in; auto is that of their files.
+        overwrite: replace an existing OUT.
 
     Raises:
         UsageError: for arguments that make no sense.
+        OutputError: when OUT exists or cannot be written.
         SourceError: when a model cannot be found or opened.
         RunError: when the process that measures ``model`` fails.
     """
     recorder = Recorder(reporter)
     _check(prompt_tokens, new_tokens, rounds, sequence_length, threads, dtype)
+    named = [one for one in (model, *against) if isinstance(one, str | Path)]
+    file = None if out is None else OutputFile(out, suffix=".json", overwrite=overwrite, sources=named)
     carbon = carbon_of(region) if region is not None else None
     text = None if data is None else load_text(data, "measure")
     where = resolve_device(device)
@@ -119,7 +128,7 @@ def bench(
             [one.contender(where.type, count, len(load.tokens) + new_tokens) for one in entries], load, rounds=rounds,
             meter=meter, reporter=recorder,
         )  # fmt: skip
-        return _result(
+        result = _result(
             entries, failed, measured, dense, (why, carbon), recorder,
             {
                 "speed": f"greedy, key-value cache; prompt of {len(load.tokens)} tokens, {new_tokens} new ones; batch "
@@ -133,6 +142,11 @@ def bench(
                 "threads": count, "device": where.type,
             },
         )  # fmt: skip
+    if file is not None:
+        with file:
+            write_json(file.partial, result.to_dict())
+            file.commit()
+    return result
 
 
 def _check(
