@@ -39,7 +39,7 @@ LONG_WAYS = {
     "sparsegpt 2:4": {"full kd": LONG, "full kd+lm": HALF, "blocks": HALF},
     BUDGET: {"lora kd": HALF},
 }
-TIMED_WAYS = ("lora kd", "blocks")
+TIMED_WAYS = ("full kd+hidden", "lora kd")
 """Those whose token takes clearly more or less time than one of full kd; others learn about as many."""
 FAIR = f"sparsegpt, full kd, {SHORT} tokens"
 """The run whose minutes the third group gets."""
@@ -114,7 +114,7 @@ class _Bench:
             done = _common.secateur(
                 "recover", str(self._folder(method)), "-o", str(out), "--data", text,
                 "--held-out", "0.1", "--no-evaluate", "--overwrite", "--json", "--quiet", *WAYS[way],
-                *self._budget(way, tokens, how),
+                *self._budget(tokens, how),
             )  # fmt: skip
             training = json.loads(done.stdout)["training"]
             found = _reference.quality(str(out), self.data, questions=tokens in (LONG, HALF))
@@ -133,16 +133,11 @@ class _Bench:
 
         self._row(name, make)
 
-    def _budget(self, way: str, tokens: int | None, fair: str | None) -> list[str]:
+    def _budget(self, tokens: int | None, fair: str | None) -> list[str]:
         if tokens is not None:
             return ["--tokens", str(tokens)]
         assert fair is not None
-        minutes = self.rows[fair]["minutes"]
-        if way != "blocks":
-            return ["--minutes", str(minutes)]
-        # Blocks have no budget in minutes: the tokens that its own run of the second group would have made in them.
-        speed = self.rows[f"sparsegpt, blocks, {SHORT} tokens"]["tokens/s"]
-        return ["--tokens", str(int(60 * minutes * speed))]
+        return ["--minutes", str(self.rows[fair]["minutes"])]
 
 
 if __name__ == "__main__":
