@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from secateur.recovery.losses import distillation, feature_distance, hidden_distance, next_token, pooled
+from secateur.recovery.losses import (
+    distillation,
+    distillation_and_text,
+    feature_distance,
+    hidden_distance,
+    next_token,
+    pooled,
+)
 from secateur.recovery.teacher import top_logits
 
 UPSTREAM = 3.7
@@ -62,6 +69,26 @@ def test_next_token_is_cross_entropy(shape, seed, ignored):
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-4, atol=1e-6)
     assert not bool(gradient[labels == -100].any())
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=SHAPES, seed=st.integers(0, 1000), share=st.floats(0.05, 1), ignored=st.floats(0, 1))
+def test_distillation_and_text_is_the_sum_of_both(shape, seed, share, ignored):
+    logits = random_logits(shape, seed)
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(shape[-1], shape[:-1], generator=generator)
+    labels[torch.rand(shape[:-1], generator=generator) < ignored] = -100
+    labels.view(-1)[0] = 0
+    ids, log_p = top_logits(random_logits(shape, seed + 1), max(1, round(share * shape[-1])))
+
+    def reference(z):
+        text = F.cross_entropy(z.reshape(-1, shape[-1]), labels.reshape(-1), ignore_index=-100)
+        return partition_kl(z, ids, log_p) + text
+
+    value, gradient = gradient_of(lambda z: distillation_and_text(z, labels, ids, log_p), logits.float())
+    expected, expected_gradient = gradient_of(reference, logits)
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_next_token_with_nothing_to_predict_is_zero():

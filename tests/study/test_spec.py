@@ -31,6 +31,7 @@ def test_the_study_that_comes_with_the_library_is_read_and_small_enough_for_its_
         "magnitude",
         "wanda",
         "sparsegpt",
+        "alps",
     }
     assert {one["sparsity"] for one in grid if "sparsity" in one} >= {0.1, 0.8}
     assert {one["pattern"] for one in grid if "pattern" in one} == {"unstructured", "2:4", "4:8"}

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from secateur.recovery.losses import distillation, feature_distance, hidden_distance, next_token, pooled
+from secateur.recovery.losses import (
+    distillation,
+    distillation_and_text,
+    feature_distance,
+    hidden_distance,
+    next_token,
+    pooled,
+)
 from secateur.recovery.teacher import top_logits
 
 
@@ -48,17 +55,19 @@ class LanguageObjective(_Objective):
         hidden = self._loss == "kd+hidden"
         asked = {"output_hidden_states": True} if hidden else {}
         out = self._run(model, input_ids=ids, use_cache=False, **asked)
-        text = next_token(out.logits[:, :-1], ids[:, 1:]) if "lm" in self._loss else None
-        if text is not None and self._loss == "lm":
-            return text
+        # Labels for every position, the last one left out: a slice of the logits would be copied on the way back.
+        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -100)], dim=1)
+        if self._loss == "lm":
+            return next_token(out.logits, labels)
         if "teacher_ids" in batch:
-            loss = distillation(out.logits, batch["teacher_ids"], batch["teacher_log_probabilities"])
-            return loss if text is None else loss + text
-        dense = self._ask(input_ids=ids, use_cache=False, **asked)
-        loss = distillation(out.logits, *top_logits(dense.logits, self._top_k))
-        if hidden:
-            loss = loss + hidden_distance(out.hidden_states[1:], dense.hidden_states[1:])
-        return loss if text is None else loss + text
+            taught = batch["teacher_ids"], batch["teacher_log_probabilities"]
+        else:
+            dense = self._ask(input_ids=ids, use_cache=False, **asked)
+            taught = top_logits(dense.logits, self._top_k)
+        if self._loss == "kd+lm":
+            return distillation_and_text(out.logits, labels, *taught)
+        loss = distillation(out.logits, *taught)
+        return loss + hidden_distance(out.hidden_states[1:], dense.hidden_states[1:]) if hidden else loss
 
 
 class LabelObjective(_Objective):
