@@ -29,6 +29,8 @@ class ReportModel(Plain):
     """Whether it meets the constraints of its study; None without any."""
     missing: dict[str, str] = field(default_factory=dict)
     """Name of a value -> why it was not measured."""
+    unshown: list[str] = field(default_factory=list)
+    """Values whose difference from the dense model was within the noise of the run that measured them."""
 
 
 @dataclass

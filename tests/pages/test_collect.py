@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from secateur.bench_result import RatioResult
 from secateur.errors import UsageError
+from secateur.pages.answer import _gains
 from secateur.pages.blocks import block_map
 from secateur.pages.collect import Collector
 from secateur.pages.commands import command_of
@@ -225,3 +227,18 @@ def test_accuracy_is_better_the_larger(tmp_path):
     assert result.comparisons[0].quality == "accuracy, sst2"
     assert result.models[result.recommended].name == "small"
     assert "88.00% against 90.00%" in result.answer[1]
+
+
+@pytest.mark.parametrize("differs", [True, False])
+def test_speed_that_a_benchmark_did_not_show_is_no_gain(tmp_path, differs):
+    folder = write(tmp_path / "smaller", pruning())
+    found = bench(str(folder))
+    found.decode_tokens_per_second = 25.0
+    noise = RatioResult(1.19, 0.96, 1.3, 0.97, differs)
+    found.ratio = {"base (transformers, float32)": {"decode_tokens_per_second": noise}}
+    result = collect(write(tmp_path / "b.json", found))
+    model = next(one for one in result.models if one.kind != "dense" and one.name.startswith("smaller"))
+    assert model.values["decode_speedup"] > 1.1
+    assert model.unshown == ([] if differs else ["decode_speedup"])
+    gains = dict(_gains(model, next(one for one in result.models if one.kind == "dense")))
+    assert gains["1.19 times the decoding speed"] == differs

@@ -79,7 +79,7 @@ def _pays(result: ReportResult, comparison: Comparison, number: int | None) -> s
 
 
 def _gains(model: ReportModel, dense: ReportModel | None) -> list[tuple[str, bool]]:
-    """What it has of each quantity relative to the dense model, and whether that is better by more than 3 %."""
+    """What it has of each quantity relative to the dense model, and whether that is better beyond 3 % and noise."""
     found = []
     for name, title, better in _GAINS:
         own, base = model.values.get(name), None if dense is None else dense.values.get(name)
@@ -87,7 +87,8 @@ def _gains(model: ReportModel, dense: ReportModel | None) -> list[tuple[str, boo
             base = 1.0
         if own is not None and base:
             ratio = own / base
-            found.append((f"{ratio:.2f} times {title}", ratio < 0.97 if better == "minimize" else ratio > 1.03))
+            gained = ratio < 0.97 if better == "minimize" else ratio > 1.03
+            found.append((f"{ratio:.2f} times {title}", gained and name not in model.unshown))
     return found
 
 

@@ -218,14 +218,20 @@ class Collector:
             _relative_speed(
                 values, {} if dense is None else {"decode_tokens_per_second": dense.decode_tokens_per_second}
             )
+            unshown = _unshown(bench, entry, dense)
             known = self._known(entry, kind, place, source)
             if known is not None:  # the same model: what the folder does not know is added to it
                 own = self.result.models[known]
                 own.values = {**{k: v for k, v in values.items() if k != "perplexity"}, **own.values}
                 own.missing = {**entry.missing, **own.missing}
+                own.unshown = unshown
             if known is None or "perplexity" in values:
                 title = f"{Path(entry.name).name or entry.name}, {entry.format}, {entry.runtime}"
-                self._add(source, protocol, ReportModel(title, kind, name, values, missing=dict(entry.missing)))
+                self._add(
+                    source,
+                    protocol,
+                    ReportModel(title, kind, name, values, missing=dict(entry.missing), unshown=unshown),
+                )
         self._tell(name, bench.verdict, [], bench.versions, bench.machine)
 
     def _bench_source(self, entries: Sequence[Quantities]) -> _Source:
@@ -302,6 +308,15 @@ def _relative_speed(values: dict[str, float], dense: Mapping[str, float | None])
     own, base = values.get("decode_tokens_per_second"), dense.get("decode_tokens_per_second")
     if own is not None and base:
         values["decode_speedup"] = own / base
+
+
+def _unshown(bench: BenchResult, entry: Quantities, dense: Quantities | None) -> list[str]:
+    """What a benchmark showed no difference in, between its own model and the dense one."""
+    if entry is not bench or dense is None:
+        return []
+    ratio = bench.ratio.get(f"{dense.name} ({dense.runtime}, {dense.format})", {})
+    speed = ratio.get("decode_tokens_per_second")
+    return ["decode_speedup"] if speed is not None and not speed.differs else []
 
 
 def _called(trial: Trial) -> str:
