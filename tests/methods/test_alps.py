@@ -8,25 +8,8 @@ from secateur.patterns import parse_pattern
 from secateur.plugins import Target
 from secateur.refit import masked_least_squares
 from secateur.statistics import InputStatistics
+from tests.methods.problems import output_error, problem, solve
 from tests.oracles import admm
-
-
-def problem(rows, columns, tokens, seed=0, dead=()):
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(columns, columns, generator=generator) / columns**0.5 + torch.eye(columns)
-    x = torch.randn(tokens, columns, generator=generator) @ mix
-    x[:, list(dead)] = 0.0
-    stats = InputStatistics(columns, "gram")
-    stats.update(x)
-    return torch.randn(rows, columns, generator=generator), x, stats
-
-
-def solve(method, weight, stats, target):
-    return method.solve(weight, stats, target, generator=torch.Generator())
-
-
-def output_error(x, weight, pruned):
-    return float((x.double() @ (weight - pruned).double().T).square().sum())
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.8])

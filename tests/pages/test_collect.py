@@ -229,6 +229,23 @@ def test_accuracy_is_better_the_larger(tmp_path):
     assert "88.00% against 90.00%" in result.answer[1]
 
 
+def test_a_benchmark_measures_what_a_folder_was_not_measured_for(tmp_path):
+    made = pruning()
+    for side in (made.before, made.after):
+        side.perplexity = side.nll_per_token = None
+    made.protocol = {}
+    folder = write(tmp_path / "a", made)
+    result = collect(folder, write(tmp_path / "b.json", bench(str(folder))))
+    (comparison,) = result.comparisons
+    kinds = [result.models[number].kind for number in comparison.models]
+    assert sorted(kinds) == ["dense", "pruned", "quantised"]
+    model = next(one for one in result.models if one.kind == "pruned")
+    assert model.values["perplexity"] == 17.0
+    assert "perplexity" not in model.missing
+    assert model.command.startswith("secateur prune")
+    assert not any("more than one way" in warning for warning in result.warnings)
+
+
 @pytest.mark.parametrize("differs", [True, False])
 def test_speed_that_a_benchmark_did_not_show_is_no_gain(tmp_path, differs):
     folder = write(tmp_path / "smaller", pruning())

@@ -42,6 +42,15 @@ class _Source:
             return sha256 == self.sha256
         return bool(names & self.names)
 
+    def move(self, number: int, protocol: str) -> None:
+        """Put a model among those whose quality was measured in that way."""
+        for told, members in list(self.by_protocol.items()):
+            if number in members:
+                members.remove(number)
+            if not members:
+                del self.by_protocol[told]
+        self.by_protocol.setdefault(protocol, []).append(number)
+
 
 class Collector:
     """Takes inputs one by one; `finish` gives the result without what needs a model."""
@@ -222,9 +231,15 @@ class Collector:
             known = self._known(entry, kind, place, source)
             if known is not None:  # the same model: what the folder does not know is added to it
                 own = self.result.models[known]
+                unmeasured = not quality_of([own])[0]
                 own.values = {**{k: v for k, v in values.items() if k != "perplexity"}, **own.values}
                 own.missing = {**entry.missing, **own.missing}
                 own.unshown = unshown
+                if unmeasured and "perplexity" in values:  # what nobody had measured is measured here
+                    own.values["perplexity"] = values["perplexity"]
+                    own.missing.pop("perplexity", None)
+                    source.move(known, protocol)
+                    continue
             if known is None or "perplexity" in values:
                 title = f"{Path(entry.name).name or entry.name}, {entry.format}, {entry.runtime}"
                 self._add(
