@@ -40,6 +40,11 @@ class Quantities(Plain):
     missing: dict[str, str] = field(default_factory=dict)
     """Name of a field that is None -> why it was not measured."""
 
+    @property
+    def label(self) -> str:
+        """How a row is told from the others."""
+        return f"{self.name} ({self.runtime}, {self.format})"
+
 
 @dataclass
 class RatioResult(Plain):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli import bench_table, console
-from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Model, Quiet, RunDevice, RunDtype
+from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Model, Overwrite, Quiet, RunDevice, RunDtype
 
 Out = Annotated[
     Path | None,
@@ -16,9 +16,6 @@ Out = Annotated[
         "--out", "-o", show_default="none", rich_help_panel=OUTPUT_PANEL,
         help="Keep the result in this .json file; `secateur report` reads it.",
     ),
-]  # fmt: skip
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Replace an existing OUT.")
 ]  # fmt: skip
 Against = Annotated[
     list[str] | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli import console, tables
-from secateur.cli.options import OUTPUT_PANEL, Debug, Json, Model, Quiet, name_of
+from secateur.cli.options import OUTPUT_PANEL, Debug, Json, Model, Overwrite, Quiet, name_of
 from secateur.errors import UnknownNameError
 from secateur.plugins import available, describe
 
@@ -23,9 +23,6 @@ Out = Annotated[
 ]  # fmt: skip
 Format = Annotated[str, typer.Option("--format", help="Format to write; `secateur methods` lists them.")]
 Quantize = Annotated[str | None, typer.Option("--quantize", show_default="f16", help=_HELP["quantize"])]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Replace an existing OUT.")
-]  # fmt: skip
 Verify = Annotated[
     bool,
     typer.Option(

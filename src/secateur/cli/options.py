@@ -57,6 +57,7 @@ RunDevice = Annotated[str, typer.Option("--device", rich_help_panel=MACHINE_PANE
 Json = Annotated[
     bool, typer.Option("--json", rich_help_panel=OUTPUT_PANEL, help="Print exactly one JSON object to stdout.")
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Replace an existing OUT.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", rich_help_panel=OUTPUT_PANEL, help="No progress and no notes; warnings stay.")
 ]

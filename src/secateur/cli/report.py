@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli import console
-from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Quiet, RunDevice
+from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Overwrite, Quiet, RunDevice
 from secateur.errors import UsageError
 
 Inputs = Annotated[
@@ -55,9 +55,6 @@ Run = Annotated[
         "--run/--no-run", rich_help_panel=MACHINE_PANEL,
         help="Open the models of the folders and their dense models: losses by token, what breaks, continuations.",
     ),
-]  # fmt: skip
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", rich_help_panel=OUTPUT_PANEL, help="Replace an existing OUT.")
 ]  # fmt: skip
 
 

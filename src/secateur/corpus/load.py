@@ -21,6 +21,10 @@ _SPLITS: dict[Part, tuple[str, ...]] = {
 }
 
 
+DEFAULT_PROMPT = "A list is a mutable sequence. To add an item to the end of a list,"
+"""What models continue where no prompt is given: the beginning of something the built-in text is about."""
+
+
 @dataclass(frozen=True)
 class Text:
     """A text and where it came from, in words for the protocol."""

@@ -329,7 +329,7 @@ def _unshown(bench: BenchResult, entry: Quantities, dense: Quantities | None) ->
     """What a benchmark showed no difference in, between its own model and the dense one."""
     if entry is not bench or dense is None:
         return []
-    ratio = bench.ratio.get(f"{dense.name} ({dense.runtime}, {dense.format})", {})
+    ratio = bench.ratio.get(dense.label, {})
     speed = ratio.get("decode_tokens_per_second")
     return ["decode_speedup"] if speed is not None and not speed.differs else []
 

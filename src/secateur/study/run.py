@@ -26,7 +26,7 @@ from secateur.study.trial import FEW_WINDOWS, Outcome, Task, remove_models
 from secateur.study.values import COSTLY, QUALITY, check_constraints, meets, violations
 from secateur.study.workers import Cluster, Died, Inline, Pool, Processes
 from secateur.study_result import StudyResult, Trial
-from secateur.verbs.provenance import versions
+from secateur.verbs.provenance import machine, versions
 
 REPEATS = 20
 """A sampler that suggests nothing new so often in a row has tried everything."""
@@ -131,8 +131,6 @@ class _Run:
         return self._write()
 
     def _describe(self) -> None:
-        from secateur.study.machine import machine
-
         self.store.put("planned", self._planned())
         self.store.put("origins", self.setup.texts.origins)
         self.store.put("machine", machine())

@@ -13,6 +13,7 @@ import torch
 from secateur.checkpoint.check import check_model_folder, hash_folder
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source, open_source
+from secateur.corpus.load import DEFAULT_PROMPT
 from secateur.corpus.windows import windows
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
@@ -28,7 +29,6 @@ from secateur.study.texts import Texts, read_texts
 from secateur.study.values import Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.evaluate import has_language_head
-from secateur.verbs.sides import DEFAULT_PROMPT
 
 LENGTH = 1024
 """Tokens in a window unless the study says otherwise."""

@@ -28,7 +28,7 @@ from secateur.result import write_json
 from secateur.verbs.bench_entries import QUANTISED, Entry, quantised, source_of, stored
 from secateur.verbs.bench_verdict import bench_sentences
 from secateur.verbs.memory import as_source
-from secateur.verbs.provenance import versions
+from secateur.verbs.provenance import machine, versions
 
 WINDOWS = 12
 """Windows of the measuring text, when the text has as many."""
@@ -214,22 +214,17 @@ def _result(
     for row in rows:
         row.efficiency = efficiency(row, dense.quantities)
     ratio = {
-        label(row): _ratios(rows[0], row, measured[0], found) for row, found in zip(rows[1:], measured[1:], strict=True)
+        row.label: _ratios(rows[0], row, measured[0], found) for row, found in zip(rows[1:], measured[1:], strict=True)
     }
     result = BenchResult(**vars(rows[0]))
     result.against = [*rows[1:], *failed]
     result.ratio = ratio
     result.verdict = bench_sentences(result)
     result.protocol = {**protocol, **({"carbon": carbon.source} if carbon is not None else {})}
-    result.machine = _machine()
+    result.machine = machine()
     result.versions = versions()
     result.warnings = recorder.warnings
     return result
-
-
-def label(row: Quantities) -> str:
-    """How a row is told from the others."""
-    return f"{row.name} ({row.runtime}, {row.format})"
 
 
 def _ratios(ours: Quantities, theirs: Quantities, one: Measurement, other: Measurement) -> dict[str, RatioResult]:
@@ -267,16 +262,3 @@ def efficiency(row: Quantities, dense: Quantities) -> float | None:
     parts = [a / b for a, b in zip(ours, theirs, strict=True)]  # type: ignore[operator]
     bits = parts[2] / parts[0]
     return statistics.mean([*parts, bits])
-
-
-def _machine() -> dict[str, Any]:
-    import platform
-
-    import psutil
-
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return {"processor": name, "cores": psutil.cpu_count(), "memory_bytes": psutil.virtual_memory().total}

@@ -15,7 +15,7 @@ _TIMED = (
 def bench_sentences(result: BenchResult) -> list[str]:
     """One sentence for every quantity and model compared, then what wins at equal bytes."""
     said: list[str] = []
-    rows = {f"{row.name} ({row.runtime}, {row.format})": row for row in result.against}
+    rows = {row.label: row for row in result.against}
     for name, ratio in result.ratio.items():
         said += [f"Against {name}: {sentence}" for sentence in _against(result, rows[name], ratio)]
     return said + _at_equal_bytes(result)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import platform
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 import secateur
 from secateur.checkpoint.source import Source
@@ -27,6 +32,23 @@ def versions() -> dict[str, str]:
     names = ("torch", "transformers", "safetensors")
     python = ".".join(map(str, sys.version_info[:3]))
     return {"secateur": secateur.__version__, "python": python, **{name: version(name) for name in names}}
+
+
+def machine() -> dict[str, Any]:
+    """What a measurement ran on: processor, cores, memory, threads, accelerator."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = [line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("model name")]
+        name = lines[0].partition(":")[2].strip() if lines else name
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": name,
+        "cores": os.cpu_count(),
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "threads": torch.get_num_threads(),
+        "accelerator": str(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "none"),
+    }
 
 
 def provenance(model: Any, source: Source, digest: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from secateur.checkpoint.file import OutputFile
-from secateur.corpus.load import load_text
+from secateur.corpus.load import DEFAULT_PROMPT, load_text
 from secateur.errors import UnknownNameError, UsageError
 from secateur.pages.collect import Collector
 from secateur.pages.inputs import Input, read_inputs
@@ -17,7 +17,6 @@ from secateur.report_result import Examined, ReportResult
 from secateur.result import PruneResult, RecoverResult
 
 FORMATS = {"html": ".html", "md": ".md", "json": ".json"}
-DEFAULT_PROMPT = "A list is a mutable sequence. To add an item to the end of a list,"
 
 
 def report(

@@ -12,7 +12,7 @@ import transformers
 
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
-from secateur.corpus.load import load_text
+from secateur.corpus.load import DEFAULT_PROMPT, load_text
 from secateur.engine.inputs import is_vision
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import SecateurError, UnsupportedModelError
@@ -28,7 +28,6 @@ from secateur.verbs.verdict import sentences
 
 WINDOWS = 12
 """Windows of the measuring text, when the text has as many."""
-DEFAULT_PROMPT = "A list is a mutable sequence. To add an item to the end of a list,"
 
 
 @dataclass
