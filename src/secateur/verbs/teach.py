@@ -27,7 +27,7 @@ from secateur.recovery.lora import merge_adapters
 from secateur.recovery.objectives import FeatureObjective, LabelObjective, LanguageObjective
 from secateur.recovery.parts import fill, gather, trained_parameters
 from secateur.recovery.teacher import TeacherLogits, build_cache, cache_key, cached_folder, open_cache
-from secateur.recovery.trainer import Checkpoints, RecoveryTrainer, Tell, last_checkpoint, time_of_step
+from secateur.recovery.trainer import Checkpoints, RecoveryTrainer, Tell, TrimMemory, last_checkpoint, time_of_step
 from secateur.training import CACHED, SAVE_MINUTES
 from secateur.verbs.cost import StandIn, settle
 from secateur.verbs.lesson import Lesson
@@ -81,7 +81,9 @@ def teach(
     place = torch.device("cpu") if parts and lesson.task != "features" else device
     student, new = open_student(lesson, source, place)
     held = named_for(student, held_zeros(source, skeleton))
+    trim_memory()
     before = processes.on_first(functools.partial(_losses, lesson, student, objective))
+    trim_memory()
     model = trainable(lesson, student, held, new)
     tell = Tell(reporter)
     data = _dataset(lesson, lesson.split.train, cache)
@@ -99,6 +101,9 @@ def teach(
                 hint="leave fsdp out: each process then holds the whole model",
             )
         trainer.remove_callback(transformers.PrinterCallback)
+        if arguments.activation_checkpointing:
+            trainer.add_callback(TrimMemory())  # time is spent on memory there anyway
+        trim_memory()
         budget = budget or settle(
             lesson, functools.partial(_time_and_size, trainer, collate, data), ledger, processes, reporter
         )
@@ -133,6 +138,7 @@ def teach(
     finished = merge_adapters(model) if settings.mode == "lora" else student
     del model, trained
     gc.collect()
+    trim_memory()
     student = finished.eval()
     after = _losses(lesson, student, objective)
     del live, objective
