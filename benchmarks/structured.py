@@ -39,6 +39,15 @@ RUNS: dict[str, list[str]] = {
 }
 
 
+def prune(name: str, out: Path, data: Path, *more: str) -> _common.Run:
+    """Prune the demo model by the reference protocol."""
+    return _common.secateur(
+        "prune", "demo", "-o", str(out), *RUNS[name], "--calibration", str(data / "wikitext2-valid.txt"), "--samples",
+        str(_reference.SAMPLES), "--sequence-length", str(_reference.LENGTH), "--no-verify", "--no-evaluate",
+        "--overwrite", *more,
+    )  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(RUNS), help="the other rows stay as they are")
@@ -51,9 +60,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
         for name in (name for name in RUNS if name in chosen):
-            arguments = ["--calibration", str(data / "wikitext2-valid.txt"), "--samples", str(_reference.SAMPLES)]
-            arguments += ["--sequence-length", str(_reference.LENGTH), "--no-verify", "--no-evaluate"]
-            done = _common.secateur("prune", "demo", "-o", str(out), *RUNS[name], *arguments, "--overwrite", "--json")
+            done = prune(name, out, data, "--json")
             made = json.loads(done.stdout)
             found = _reference.quality(str(out), data, questions=False)
             rows[name] = {
