@@ -39,6 +39,7 @@ def prune(
     arguments += ["--calibration", str(calibration or data / "wikitext2-valid.txt"), "--samples", str(SAMPLES)]
     arguments += ["--sequence-length", str(LENGTH), "--no-verify", "--no-evaluate", *more]
     arguments += ["--compute-dtype", compute_dtype] if compute_dtype else []
+    arguments += ["--no-refit"] if method == "sparsegpt" else []  # the published method: it leaves the last step out
     return _common.secateur(*arguments, *(["--pattern", pattern] if pattern else ["--sparsity", "0.5"]))
 
 

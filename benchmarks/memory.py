@@ -69,7 +69,7 @@ def prune(folder: Path, samples: int, length: int) -> dict[str, Any]:
     """Prune by SparseGPT; time and peak memory of the process."""
     out = folder.with_name(folder.name + "-pruned")
     arguments = ["prune", str(folder), "-o", str(out), "--method", "sparsegpt", "--samples", str(samples), "--quiet"]
-    arguments += ["--sequence-length", str(length), "--no-verify", "--no-evaluate", "--json"]
+    arguments += ["--sequence-length", str(length), "--no-refit", "--no-verify", "--no-evaluate", "--json"]
     measured = _common.secateur(*arguments)
     sparsity = json.loads(measured.stdout)["sparsity"]
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

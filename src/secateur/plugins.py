@@ -52,6 +52,8 @@ class Solved:
     """Estimated squared output error summed over the calibration tokens, when the method knows it."""
     notes: list[str] = field(default_factory=list)
     """Anything that must not stay silent: raised damping, dead inputs. The engine prints and records it."""
+    loss_before_refit: float | None = None
+    """``loss`` before the kept weights were solved anew, where they were."""
 
 
 @runtime_checkable

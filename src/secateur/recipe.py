@@ -61,6 +61,10 @@ class Recipe:
     """Neurons and hidden channels that stay are a multiple of this (with --structure ffn or hidden)."""
     update: bool = True
     """Refit what stays to make up for what goes (with --structure ffn, kv-groups, heads or hidden)."""
+    refit: bool | None = None
+    """Solve the kept weights anew by least squares once the zeros are known. Default: on where the method has the Gram
+    matrix of the inputs (sparsegpt, admm, alps); for any other method --refit gathers it. --no-refit is the published
+    method."""
     allocation: str = "uniform"
     """How the sparsity is divided among the matrices."""
     calibration: str = "builtin"
@@ -142,7 +146,7 @@ class Recipe:
             RecipeError: naming the first.
         """
         units = {*self.structure} - {"depth"}
-        single = ("pattern", "allocation", "targets", "ignore", "overrides")
+        single = ("pattern", "refit", "allocation", "targets", "ignore", "overrides")
         for name in names:
             if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
                 raise RecipeError(f"depth_by needs --structure{' depth' * bool(units)}", hint="leave it out")
@@ -240,7 +244,7 @@ def _checked(key: str, value: Any, where: str) -> Any:
         return RecipeError(f"{where}: {key} is {value!r}", hint=f"{key} must be {expected}")
 
     if value is None:
-        if key in {"samples", "sequence_length", "sparsity", "budget"}:
+        if key in {"samples", "sequence_length", "sparsity", "budget", "refit"}:
             return None
         raise refuse("set; leave the line out for the default")
     if key in _STRINGS:
@@ -255,7 +259,7 @@ def _checked(key: str, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise refuse("a number in [0, 1)")
         return float(value)
-    elif key == "update":
+    elif key in {"update", "refit"}:
         if not isinstance(value, bool):
             raise refuse("true or false")
     elif key == "structure":

@@ -120,6 +120,8 @@ class PrunedMatrix(Plain):
     notes: list[str] = field(default_factory=list)
     units: list[int] | list[list[int]] | None = None
     """Numbers of the neurons or heads that stayed, where others were removed; of stacked experts, for each."""
+    loss_before_refit: float | None = None
+    """``loss`` before the kept weights were solved anew; None where they were not."""
 
 
 @dataclass

@@ -51,6 +51,9 @@ def _listing(root: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+ALPS = {"refit_steps": 0}
+
+
 def refused(kind: type[SecateurError], words: str, model: Any, out: Path, **options: Any) -> SecateurError:
     """Exactly this error, one line, with a hint, exit status 2, and no file made or changed anywhere near."""
     root = out.parent
@@ -86,6 +89,13 @@ def test_model_that_is_not_there(tmp_path: Path) -> None:
         (UnknownNameError, "wandaa|did you mean 'wanda'", {"method": "wandaa"}),
         (UnknownNameError, "option|dampening", {"method_options": {"dampening": 1}}),
         (UnknownNameError, "allocation|unifrom|uniform", {"allocation": "unifrom"}),
+        (RecipeError, "refit|true or false", {"refit": "yes"}),
+        (RecipeError, "refit has no meaning with --structure", {"refit": True, "structure": "ffn"}),
+        (
+            UsageError,
+            "refit_steps=0|contradict",
+            {"refit": True, "method": "alps", "method_options": {"refit_steps": 0}},
+        ),
         (TargetError, "*nope*", {"targets": ["*nope*"]}),
         (TargetError, "*nope*", {"ignore": ["*nope*"]}),
         (TargetError, "override|*nope*", {"overrides": [{"match": "*nope*", "sparsity": 0.1}]}),

@@ -68,6 +68,7 @@ FLAGS = {
     "depth_by": (["--structure", "depth", "--depth-by", "influence"], "influence"),
     "round_to": (["--structure", "ffn", "--round-to", "8"], 8),
     "update": (["--structure", "ffn", "--no-update"], False),
+    "refit": (["--no-refit"], False),
     "allocation": (["--allocation", "other"], "other"),
     "calibration": (["--calibration", "text.txt"], "text.txt"),
     "samples": (["--samples", "7"], 7),
@@ -117,6 +118,7 @@ def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
         "depth_by": "angular",
         "round_to": 99,
         "update": True,
+        "refit": True,
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps({field: in_file.get(field, "file"), **BESIDE.get(field, {})}))

@@ -120,6 +120,7 @@ def prune(
     depth_by: Annotated[str | None, option("depth_by")] = None,
     round_to: Annotated[int | None, option("round_to")] = None,
     update: Annotated[bool | None, option("update", "--update/--no-update")] = None,
+    refit: Annotated[bool | None, option("refit", "--refit/--no-refit")] = None,
     allocation: Annotated[str | None, option("allocation")] = None,
     method_options: Annotated[
         list[str] | None, option("method_options", "--method-option", metavar="KEY=VALUE")
@@ -160,6 +161,7 @@ def prune(
         "depth_by": depth_by,
         "round_to": round_to,
         "update": update,
+        "refit": refit,
         "allocation": allocation,
         "method_options": parse_method_options(method_options or []),
         "targets": targets,

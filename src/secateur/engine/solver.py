@@ -124,5 +124,7 @@ class Solver:
         report = self._reports[name]
         if solved.loss is not None:
             report.loss = (report.loss or 0.0) + solved.loss
+        if solved.loss_before_refit is not None:
+            report.loss_before_refit = (report.loss_before_refit or 0.0) + solved.loss_before_refit
         for note in solved.notes:
             report.notes.append(f"expert {expert}: {note}" if spec.experts else note)

@@ -30,7 +30,7 @@ from torch import Tensor
 from secateur.errors import CalibrationError, UsageError
 from secateur.methods._common import check_pattern, check_weight, is_identity, matrix_mask, never_seen, unchanged
 from secateur.plugins import Solved, StatisticsKind, Target
-from secateur.refit import masked_least_squares
+from secateur.refit import masked_least_squares, output_error, unit_diagonal
 from secateur.statistics import InputStatistics
 
 _LOOK = 3
@@ -101,25 +101,6 @@ class Alps:
         return Solved(pruned, mask, output_error(gram, weight - pruned), notes if bool(dead.any()) else [])
 
 
-def unit_diagonal(gram: Tensor, dead: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The damped Gram matrix of inputs scaled to one.
-
-    Args:
-        gram: X^T X, (in, in) float32, e.g. (1536, 1536); not changed.
-        dead: inputs that are always zero, (in,) bool; they get a diagonal of one and touch no other.
-
-    Returns:
-        The scale n, (in,), one at dead inputs, and A, (in, in).
-    """
-    diagonal = gram.diagonal().cpu().double()  # some accelerators have no float64
-    absent = dead.cpu()
-    added = damping * diagonal[~absent].mean()
-    scale = (diagonal + added).masked_fill(absent, 1.0).sqrt().float().to(gram.device)
-    matrix = gram / scale / scale[:, None]
-    matrix.diagonal().fill_(1.0)
-    return scale, matrix
-
-
 def search(
     matrix: Tensor, dense: Tensor, target: Target, iterations: int, settled: float, penalty: float
 ) -> tuple[Tensor, Tensor]:
@@ -173,12 +154,3 @@ def _inverse(matrix: Tensor, penalty: float) -> Tensor:
         )
     inverse: Tensor = torch.cholesky_inverse(factor)
     return inverse
-
-
-def output_error(gram: Tensor, difference: Tensor) -> float:
-    """|X (W - Q)^T|^2, summed over the calibration tokens.
-
-    Args:
-        difference: W - Q, (out, in).
-    """
-    return max(0.0, float((difference @ gram).mul_(difference).sum(dtype=torch.float64)))

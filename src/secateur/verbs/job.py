@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -27,10 +26,11 @@ from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
 from secateur.engine.forward import Stored, probe_inputs, rehearse, runs_in
 from secateur.engine.plan import Plan, make_plan, plan_globally
-from secateur.engine.sink import CheckpointSink, tensor_digest
+from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
 from secateur.engine.stream import BlockStream
 from secateur.errors import CheckpointError, WeightValueError
+from secateur.methods._refitted import Refitted, with_refit
 from secateur.plugins import (
     Chooser,
     Criterion,
@@ -54,7 +54,7 @@ from secateur.structured.stream import UnitStream
 from secateur.verbs.asked import options_of
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.choices import CHANNELS, Choices, check_gradients, choose_channels, gradient_scores
-from secateur.verbs.provenance import versions
+from secateur.verbs.fingerprint import config_digest, fingerprint
 from secateur.verbs.shape import Model, Shape, plan_shape
 from secateur.verify import Expected
 
@@ -88,7 +88,8 @@ class Job:
     @property
     def method_options(self) -> dict[str, Any]:
         """The options of the method by name; none where it is asked nothing."""
-        return {} if self.recipe.method == "auto" else options_of(self.method)
+        asked = self.method.method if isinstance(self.method, Refitted) else self.method
+        return {} if self.recipe.method == "auto" else options_of(asked)
 
     @property
     def layout(self) -> Layout:
@@ -176,6 +177,8 @@ def prepare(
         name = "obs" if recipe.method == "auto" else recipe.method
         method = make_chooser(name, recipe.structure, recipe.method_options)
     check_chooser(method, recipe.structure)
+    if isinstance(method, Method):
+        method = with_refit(method, recipe.refit)
     device = resolve_device(recipe.device)
     asked = recipe.compute_dtype
     if asked == "auto" and isinstance(method, Method) and sees_dense_block(method, recipe.parsed_pattern):
@@ -216,7 +219,7 @@ def prepare(
     shape = Shape()
     if recipe.structure:
         check_finite(reader, reporter)
-        same = resumed is not None and resumed.get("config_sha256") == _config_digest(source)
+        same = resumed is not None and resumed.get("config_sha256") == config_digest(source)
         earlier = resumed.get("split") if resumed is not None and same else None
         shape = plan_shape(recipe, source, opened, method, calibrated, device, compute, reporter, stack, earlier)
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
@@ -262,7 +265,7 @@ def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
     """Prune block by block into the partial folder, and put everything beside the weights that a model needs."""
     _choose(job, partial, reporter)
     keys_of = {block.index: job.result_binding.keys_of(block.tensors) for block in job.structure.blocks}
-    ledger = Ledger.begin(partial / LEDGER, _fingerprint(job), resume=resume)
+    ledger = Ledger.begin(partial / LEDGER, fingerprint(job), resume=resume)
     limit = activation_limit(job.recipe.activation_memory)
     with CheckpointWriter(partial, job.layout, resume=resume) as writer:
         sink = CheckpointSink(job.result_reader, writer, ledger, keys_of)
@@ -331,37 +334,6 @@ def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Re
         job.compute, job.recipe.seed, reporter, jobs=jobs, criterion=criterion,
         update=job.recipe.update, saliences=job.choices.saliences,
     )  # fmt: skip
-
-
-def _fingerprint(job: Job) -> dict[str, Any]:
-    """What must be the same for a run to be resumed: everything that changes a byte of the result."""
-    recipe = job.recipe.to_dict() | {"method_options": job.method_options}
-    recipe.pop("activation_memory")
-    return {
-        "recipe": recipe,
-        "blocks": job.shape.depth.kept if job.shape.depth else None,
-        "channels": job.choices.keep.tolist() if job.choices.keep is not None else None,
-        "split": job.shape.split.record if job.shape.split else None,
-        "source_sha256": job.source_hash,
-        "calibration": job.calibration.protocol,
-        "calibration_sha256": _digest_of(job.calibration.batches),
-        "config_sha256": _config_digest(job.source),
-        "device": str(job.device),
-        "compute_dtype": str(job.compute),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-
-
-def _config_digest(source: Source) -> str:
-    return hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest()
-
-
-def _digest_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
-    """Hex sha256 of all calibration inputs: the same text, cut by the same tokenizer."""
-    digests = [f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_digest(tensor.cpu())}" for batch in batches
-               for name, tensor in sorted(batch.items())]  # fmt: skip
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _write_config(job: Job, partial: Path) -> None:

@@ -34,6 +34,7 @@ from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
 from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import check_measurable, measure_sides
+from secateur.verbs.verdict import refit_sentences
 from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
@@ -153,7 +154,7 @@ def prune(
             before=sides.before,
             after=sides.after,
             verified=bool(verification),
-            verdict=sides.verdict,
+            verdict=[*sides.verdict, *refit_sentences(written.matrices, recipe.refit)],
             protocol={
                 **job.calibration.protocol,
                 "compute_dtype": str(job.compute).removeprefix("torch."),
