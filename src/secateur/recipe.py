@@ -65,6 +65,10 @@ class Recipe:
     """Solve the kept weights anew by least squares once the zeros are known. Default: on where the method has the Gram
     matrix of the inputs (sparsegpt, admm, alps); for any other method --refit gathers it. --no-refit is the published
     method."""
+    error_correction: str = "off"
+    """Prune towards what the dense model gives behind each matrix, so that earlier errors are made good: a share of the
+    correction from 0 to 1, or auto to choose it for each matrix on calibration text that is held out. It takes a dense
+    forward beside the other one, and a method with the Gram matrix of the inputs."""
     allocation: str = "uniform"
     """How the sparsity is divided among the matrices."""
     calibration: str = "builtin"
@@ -106,10 +110,30 @@ class Recipe:
                     f"pattern {pattern} means sparsity {implied:g}, not {self.sparsity:g}",
                     hint=f"leave --sparsity out with --pattern {pattern}",
                 )
+        self.correction  # noqa: B018 - a value that is none is refused
         for name in ("samples", "sequence_length", "round_to"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name} is {value}", hint=f"{name} must be at least 1")
+
+    @property
+    def correction(self) -> float | str:
+        """Share of the error correction, or off or auto.
+
+        Raises:
+            RecipeError: when it is neither off nor auto nor a number from 0 to 1.
+        """
+        if self.error_correction in ("off", "auto"):
+            return self.error_correction
+        try:
+            share = float(self.error_correction)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise RecipeError(
+                f"error_correction is '{self.error_correction}'", hint="give off, auto, or a share from 0 to 1"
+            )
+        return share
 
     def _check_structure(self) -> None:
         if self.budget is not None:
@@ -146,7 +170,7 @@ class Recipe:
             RecipeError: naming the first.
         """
         units = {*self.structure} - {"depth"}
-        single = ("pattern", "refit", "allocation", "targets", "ignore", "overrides")
+        single = ("pattern", "refit", "error_correction", "allocation", "targets", "ignore", "overrides")
         for name in names:
             if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
                 raise RecipeError(f"depth_by needs --structure{' depth' * bool(units)}", hint="leave it out")
@@ -281,8 +305,8 @@ def _checked(key: str, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple):
             raise refuse("a list of {match, sparsity}")
         return tuple(_override(item, where) for item in value)
-    elif key == "activation_memory":
-        return str(value)
+    elif key in {"activation_memory", "error_correction"}:
+        return "off" if value is False else str(value)  # YAML 1.1 reads off as false
     return value
 
 

@@ -121,6 +121,7 @@ def prune(
     round_to: Annotated[int | None, option("round_to")] = None,
     update: Annotated[bool | None, option("update", "--update/--no-update")] = None,
     refit: Annotated[bool | None, option("refit", "--refit/--no-refit")] = None,
+    error_correction: Annotated[str | None, option("error_correction")] = None,
     allocation: Annotated[str | None, option("allocation")] = None,
     method_options: Annotated[
         list[str] | None, option("method_options", "--method-option", metavar="KEY=VALUE")
@@ -162,6 +163,7 @@ def prune(
         "round_to": round_to,
         "update": update,
         "refit": refit,
+        "error_correction": error_correction,
         "allocation": allocation,
         "method_options": parse_method_options(method_options or []),
         "targets": targets,

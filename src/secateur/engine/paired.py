@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import torch
 
@@ -16,17 +17,27 @@ from secateur.engine.stream import BlockStream, Inputs, StreamResult
 from secateur.result import PrunedMatrix
 
 
-class DenseOutput:
-    """What the dense block gave for one batch; it can be spilled like the activations of a forward."""
+class Spilled:
+    """What a dense forward leaves behind for one batch; it can be spilled like the activations of a forward."""
+
+    def __init__(self) -> None:
+        self.watcher = Watcher()
+
+
+class DenseOutput(Spilled):
+    """What the dense block gave for one batch."""
 
     def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
         self.output = output
-        self.watcher = Watcher()
         self.watcher.remember(output)
 
 
+Kept = TypeVar("Kept", bound=Spilled)
+
+
 @dataclass
-class PairedStream(BlockStream):
+class PairedStream(BlockStream, Generic[Kept]):
     """A stream that knows, while it works on a block, what the dense model has there: ``targets``, one for each batch.
 
     ``teacher`` reads the dense weights; it has the names and shapes of the model.
@@ -36,12 +47,14 @@ class PairedStream(BlockStream):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.targets: list[DenseOutput] = []
+        self.targets: list[Kept] = []
+        self.observes_dense = False
+        """Whether the dense forwards pause at matrices as well."""
         self._dense: list[Lane] = []
 
     def run(self, batches: Sequence[Inputs], probe: Inputs | None = None) -> StreamResult:
         """As `BlockStream.run`, with a dense forward for every batch."""
-        self._dense = [self._lane(batch, observed=False) for batch in batches]
+        self._dense = [self._lane(batch, observed=self.observes_dense) for batch in batches]
         try:
             return super().run(batches, probe)
         finally:
@@ -57,8 +70,16 @@ class PairedStream(BlockStream):
                 self.store.forget(target.watcher)
             self.targets = []
 
-    def _dense_outputs(self, block: Block) -> list[DenseOutput]:
-        """Take the dense forwards through a block; what it gave each of them."""
+    def _through(self, lane: Lane) -> Kept:
+        """Take one dense forward through the block it stands at; what shall be kept of it."""
+        lane.keep_output = True
+        self._advance(lane)
+        kept = DenseOutput(lane.output)
+        lane.keep_output, lane.output = False, None
+        return cast("Kept", kept)
+
+    def _dense_outputs(self, block: Block) -> list[Kept]:
+        """Take the dense forwards through a block; what is kept of each of them."""
         assert self.teacher is not None
         ours, self.source = self.source, self.teacher
         names = [name for name in block.tensors if self.binding.bound(name)]
@@ -72,10 +93,7 @@ class PairedStream(BlockStream):
                 self._install(block, self.binding.load(names, self.teacher), self.compute_dtype)
             outputs = []
             for lane in here:
-                lane.keep_output = True
-                self._advance(lane)
-                outputs.append(DenseOutput(lane.output))
-                lane.keep_output, lane.output = False, None
+                outputs.append(self._through(lane))
                 self.store.park(outputs[-1].watcher)
             return outputs
         finally:

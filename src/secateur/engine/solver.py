@@ -11,6 +11,7 @@ import torch
 from secateur.engine.blocks import MatrixSpec
 from secateur.engine.capture import AtMatrix, Lane
 from secateur.errors import CalibrationError, RunError
+from secateur.methods._common import is_identity
 from secateur.plugins import Method, make_method
 from secateur.result import PrunedMatrix
 from secateur.seeds import derived_seed
@@ -109,11 +110,18 @@ class Solver:
                 f"{len(unreached)} matrices saw no calibration token and were pruned by magnitude: {shown}"
             )
 
+    def _wanted(
+        self, name: str, weight: torch.Tensor, statistics: InputStatistics | None
+    ) -> tuple[torch.Tensor, list[str]]:
+        """The weights whose outputs a method shall keep, and what must be told about them."""
+        return weight, []
+
     def _solve(self, name: str, expert: int, method: Method, statistics: InputStatistics | None) -> None:
         spec, target = self._specs[name], self._stream.plan.target(name, expert)
         part = spec.slices(self._final[name])[expert]
         weight = spec.slices(self._source[name])[expert].to(self._stream.device, torch.float32, copy=True).contiguous()
         generator = torch.Generator().manual_seed(derived_seed(self._stream.seed, name, expert))
+        weight, notes = (weight, []) if is_identity(target) else self._wanted(name, weight, statistics)
         solved = method.solve(weight, statistics, target, generator=generator)
         if not torch.isfinite(solved.weight).all():
             raise RunError(f"the method returned NaN or infinity for {name}", hint="use more calibration data")
@@ -126,5 +134,5 @@ class Solver:
             report.loss = (report.loss or 0.0) + solved.loss
         if solved.loss_before_refit is not None:
             report.loss_before_refit = (report.loss_before_refit or 0.0) + solved.loss_before_refit
-        for note in solved.notes:
+        for note in [*notes, *solved.notes]:
             report.notes.append(f"expert {expert}: {note}" if spec.experts else note)

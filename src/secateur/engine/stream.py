@@ -12,7 +12,7 @@ import transformers
 
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader, Unit
-from secateur.engine.blocks import Block, Structure, expert_order
+from secateur.engine.blocks import Block, MatrixSpec, Structure, expert_order
 from secateur.engine.capture import AtBlock, AtMatrix, BlockLane, Capture, ExpertTensor, Finished, Lane
 from secateur.engine.device import trim_memory
 from secateur.engine.inputs import output_tensor
@@ -218,8 +218,8 @@ class BlockStream:
         }
         if lanes:
             self._install(block, final, self.compute_dtype)
-        solver = Solver(self, specs, final, reports)
-        if any(sees_dense_block(self.method, target.pattern) for target in self.plan.targets.values()):
+        solver = self._solver(lanes, specs, final, reports)
+        if self._one_pass():
             self._observe_dense(block, lanes, solver)
             for name, expert in expert_order(block.matrices):
                 solver.solve(name, expert, seen_only=True)
@@ -240,6 +240,16 @@ class BlockStream:
                 zeros = int((final[name] == 0).sum())
                 reports[name].zeros, reports[name].sparsity = zeros, zeros / spec.size
         return list(reports.values())
+
+    def _solver(
+        self, lanes: list[Lane], specs: Mapping[str, MatrixSpec], final: dict[str, torch.Tensor],
+        reports: dict[str, PrunedMatrix],
+    ) -> Solver:  # fmt: skip
+        return Solver(self, specs, final, reports)
+
+    def _one_pass(self) -> bool:
+        """Whether some matrix is solved by what a block that is not pruned yet hands it."""
+        return any(sees_dense_block(self.method, target.pattern) for target in self.plan.targets.values())
 
     def _observe_dense(self, block: Block, lanes: Sequence[Lane], solver: Solver) -> None:
         """A forward through the block as it is, for the statistics alone; the lanes stay where they are."""

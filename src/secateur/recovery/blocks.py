@@ -46,7 +46,7 @@ class BlockTraining:
 
 
 @dataclass
-class BlockRecovery(PairedStream):
+class BlockRecovery(PairedStream[DenseOutput]):
     """A stream whose blocks are trained instead of pruned. ``plan`` stays empty."""
 
     training: BlockTraining = field(default_factory=BlockTraining)

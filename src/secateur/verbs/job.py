@@ -23,14 +23,15 @@ from secateur.checkpoint.writer import CheckpointWriter, Layout, layout_like
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
+from secateur.engine.correct import CorrectingStream
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
 from secateur.engine.forward import Stored, probe_inputs, rehearse, runs_in
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
 from secateur.engine.stream import BlockStream
-from secateur.errors import CheckpointError, WeightValueError
-from secateur.methods._refitted import Refitted, with_refit
+from secateur.errors import CheckpointError, UsageError, WeightValueError
+from secateur.methods._refitted import Refitted, name_of, with_refit
 from secateur.plugins import (
     Chooser,
     Criterion,
@@ -179,9 +180,11 @@ def prepare(
     check_chooser(method, recipe.structure)
     if isinstance(method, Method):
         method = with_refit(method, recipe.refit)
+        check_correction(recipe, method)
     device = resolve_device(recipe.device)
     asked = recipe.compute_dtype
-    if asked == "auto" and isinstance(method, Method) and sees_dense_block(method, recipe.parsed_pattern):
+    as_published = asked == "auto" and recipe.correction == "off"
+    if as_published and isinstance(method, Method) and sees_dense_block(method, recipe.parsed_pattern):
         asked = "float32"  # who asks for the paper's procedure wants its numbers, and these hang on rounding
     compute, dtype = compute_dtype(asked, device), parse_dtype(recipe.dtype, "dtype")
     activation_limit(recipe.activation_memory)
@@ -307,6 +310,12 @@ def _choose(job: Job, scratch: Path, reporter: Reporter) -> None:
 
 
 def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Reporter) -> BlockStream:
+    if isinstance(job.method, Method) and job.recipe.correction != "off":
+        beta = job.recipe.correction if isinstance(job.recipe.correction, float) else None
+        return CorrectingStream(
+            job.model, job.structure, job.binding, job.reader, sink, job.method, job.plan, store, job.device,
+            job.compute, job.recipe.seed, reporter, teacher=job.reader, beta=beta,
+        )  # fmt: skip
     if isinstance(job.method, Method):
         return BlockStream(
             job.model, job.structure, job.binding, job.reader, sink, job.method, job.plan, store, job.device,
@@ -334,6 +343,19 @@ def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Re
         job.compute, job.recipe.seed, reporter, jobs=jobs, criterion=criterion,
         update=job.recipe.update, saliences=job.choices.saliences,
     )  # fmt: skip
+
+
+def check_correction(recipe: Recipe, method: Method) -> None:
+    """Refuse an error correction that would have nothing to go by.
+
+    Raises:
+        UsageError: saying what it needs.
+    """
+    if recipe.correction != "off" and method.statistics != "gram":
+        raise UsageError(
+            f"--error-correction needs the Gram matrix of the inputs, which {name_of(method)} does not gather",
+            hint="add --refit, or use --method sparsegpt, admm or alps",
+        )
 
 
 def _write_config(job: Job, partial: Path) -> None:

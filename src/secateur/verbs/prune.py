@@ -34,7 +34,7 @@ from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
 from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import check_measurable, measure_sides
-from secateur.verbs.verdict import refit_sentences
+from secateur.verbs.verdict import correction_sentences, refit_sentences
 from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
@@ -154,7 +154,11 @@ def prune(
             before=sides.before,
             after=sides.after,
             verified=bool(verification),
-            verdict=[*sides.verdict, *refit_sentences(written.matrices, recipe.refit)],
+            verdict=[
+                *sides.verdict,
+                *refit_sentences(written.matrices, recipe.refit),
+                *correction_sentences(written.matrices),
+            ],
             protocol={
                 **job.calibration.protocol,
                 "compute_dtype": str(job.compute).removeprefix("torch."),

@@ -42,6 +42,18 @@ def refit_sentences(matrices: Sequence[PrunedMatrix], asked: bool | None) -> lis
     return ["Kept weights were not solved anew (--no-refit)."] if asked is False else []
 
 
+def correction_sentences(matrices: Sequence[PrunedMatrix]) -> list[str]:
+    """How much of the correction of earlier errors was taken, where there was one."""
+    shares = sorted(one.beta for one in matrices if one.beta is not None)
+    if not shares:
+        return []
+    middle = shares[len(shares) // 2]
+    return [
+        f"Errors of earlier matrices were corrected in {len(shares)} of {len(matrices)}: share of the correction "
+        f"{middle:.2f} (median; {shares[0]:.2f} to {shares[-1]:.2f})."
+    ]
+
+
 def recovery_sentences(
     teacher: Measured | None, before: Measured, after: Measured, training: Mapping[str, Any],
     *, checked: bool,

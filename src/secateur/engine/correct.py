@@ -1,0 +1,133 @@
+"""A stream that prunes towards the outputs of the dense model, so that errors are corrected instead of passed on.
+
+Before a block is pruned, a dense forward of every batch goes through it and its inputs of the matrices are kept, beside
+the activations and spilled like them. See `secateur.correction`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from secateur.correction import Drift
+from secateur.engine.blocks import MatrixSpec
+from secateur.engine.capture import AtMatrix, Lane
+from secateur.engine.paired import PairedStream, Spilled
+from secateur.engine.solver import Solver
+from secateur.engine.stream import Inputs, StreamResult
+from secateur.result import PrunedMatrix
+from secateur.statistics import InputStatistics
+
+HELD_OUT = 8
+"""One of so many calibration batches is held out to choose beta by."""
+FIXED = 0.5
+"""Beta when there are too few batches to choose it."""
+
+
+class DenseInputs(Spilled):
+    """Inputs of the matrices of one block in the dense forward of one batch, by name of the matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: dict[str, torch.Tensor] = {}
+
+    def keep(self, event: AtMatrix) -> None:
+        """Note an input. Matrices with the same input share one copy."""
+        with torch._C.DisableTorchFunction():
+            kept = next((one for one in self.inputs.values() if one is event.input), event.input)
+        if kept is event.input:
+            self.watcher.remember(kept)
+        self.inputs[event.name] = kept
+
+
+@dataclass
+class CorrectingStream(PairedStream[DenseInputs]):
+    """A pruning stream with the dense forward beside it. Stacked experts, whose tokens differ, are not corrected."""
+
+    beta: float | None = None
+    """How much of the correction is taken, 0 to 1; None chooses it for each matrix."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.observes_dense = True
+        self._batches = 0
+
+    def run(self, batches: list[Inputs], probe: Inputs | None = None) -> StreamResult:  # type: ignore[override]
+        """As `BlockStream.run`, with a dense forward for every batch."""
+        if self.beta is None and len(batches) < HELD_OUT:
+            self.beta = FIXED
+            self.reporter.warn(
+                f"{len(batches)} calibration batches are too few to choose the error correction by: {FIXED:g} is taken"
+            )
+        return super().run(batches, probe)
+
+    def _through(self, lane: Lane) -> DenseInputs:
+        """Take one dense forward through the block it stands at."""
+        kept = DenseInputs()
+        self._advance(lane)
+        while isinstance(lane.event, AtMatrix):
+            if lane.event.name in self.plan.targets and not lane.event.expert:
+                kept.keep(lane.event)
+            self._advance(lane)
+        return kept
+
+    def _one_pass(self) -> bool:
+        return False  # each matrix must see what arrives behind the pruned ones, that is what is corrected
+
+    def _solver(
+        self, lanes: list[Lane], specs: Mapping[str, MatrixSpec], final: dict[str, torch.Tensor],
+        reports: dict[str, PrunedMatrix],
+    ) -> Solver:  # fmt: skip
+        return CorrectingSolver(self, specs, final, reports, dict(zip(lanes, self.targets, strict=True)), self.beta)
+
+
+class CorrectingSolver(Solver):
+    """A solver that gives the method corrected weights.
+
+    Args:
+        dense: what the dense forward of the same batch had, for every lane.
+        beta: None chooses it.
+    """
+
+    def __init__(
+        self, stream: CorrectingStream, specs: Mapping[str, MatrixSpec], final: dict[str, torch.Tensor],
+        reports: dict[str, PrunedMatrix], dense: Mapping[Lane, DenseInputs], beta: float | None,
+    ) -> None:  # fmt: skip
+        super().__init__(stream, specs, final, reports)
+        self._dense, self._beta = dense, beta
+        self._held_out = {lane for number, lane in enumerate(dense, start=1) if number % HELD_OUT == 0}
+        self._drifts: dict[int, tuple[InputStatistics, Drift]] = {}
+        """By the statistics they belong to: matrices with one input share both."""
+
+    def observe(self, lane: Lane, event: AtMatrix) -> None:
+        """Take in the input that arrived, and how far it is from the dense model's."""
+        super().observe(lane, event)
+        key = (event.name, event.expert)
+        spec = self._specs[event.name]
+        if lane.last_input is None or key in self._shared or spec.experts:
+            return
+        statistics = lane.last_input[2]
+        dense = self._dense[lane]
+        kept = dense.inputs.get(event.name)
+        if kept is None:
+            return
+        held = self._beta is None and lane in self._held_out
+        if id(statistics) not in self._drifts:
+            drift = Drift(spec.in_features, self._stream.device, held_out=self._beta is None)
+            self._drifts[id(statistics)] = statistics, drift
+        self._stream.store.unpark(dense.watcher)
+        with torch._C.DisableTorchFunction():
+            self._drifts[id(statistics)][1].update(event.input, kept, held_out=held)
+        self._stream.store.park(dense.watcher)
+
+    def _wanted(
+        self, name: str, weight: torch.Tensor, statistics: InputStatistics | None
+    ) -> tuple[torch.Tensor, list[str]]:
+        found = self._drifts.get(id(statistics))
+        if statistics is None or found is None:
+            return weight, ["its errors are not corrected: the dense forward gave it no input to compare"]
+        corrected, beta = found[1].corrected(weight, statistics, self._beta)
+        self._reports[name].beta = beta
+        return corrected, []
