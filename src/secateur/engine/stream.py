@@ -12,7 +12,7 @@ import transformers
 
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding, TensorReader, Unit
-from secateur.engine.blocks import Block, Structure, expert_order
+from secateur.engine.blocks import Block, MatrixSpec, Structure, expert_order
 from secateur.engine.capture import AtBlock, AtMatrix, BlockLane, Capture, ExpertTensor, Finished, Lane
 from secateur.engine.device import trim_memory
 from secateur.engine.inputs import output_tensor
@@ -218,7 +218,7 @@ class BlockStream:
         }
         if lanes:
             self._install(block, final, self.compute_dtype)
-        solver = Solver(self, specs, final, reports)
+        solver = self._solver(specs, final, reports)
         if any(sees_dense_block(self.method, target.pattern) for target in self.plan.targets.values()):
             self._observe_dense(block, lanes, solver)
             for name, expert in expert_order(block.matrices):
@@ -240,6 +240,12 @@ class BlockStream:
                 zeros = int((final[name] == 0).sum())
                 reports[name].zeros, reports[name].sparsity = zeros, zeros / spec.size
         return list(reports.values())
+
+    def _solver(
+        self, specs: Mapping[str, MatrixSpec], final: dict[str, torch.Tensor], reports: dict[str, PrunedMatrix]
+    ) -> Solver:
+        """What gathers statistics and works on the matrices of a block."""
+        return Solver(self, specs, final, reports)
 
     def _observe_dense(self, block: Block, lanes: Sequence[Lane], solver: Solver) -> None:
         """A forward through the block as it is, for the statistics alone; the lanes stay where they are."""

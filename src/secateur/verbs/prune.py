@@ -29,6 +29,7 @@ from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
 from secateur.verbs.asked import merge, tell_unmeasured, tell_unread
 from secateur.verbs.calibration import Data
 from secateur.verbs.card import write_card
+from secateur.verbs.dividing import allocation_sentences
 from secateur.verbs.evaluate import read_files
 from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
@@ -154,9 +155,13 @@ def prune(
             before=sides.before,
             after=sides.after,
             verified=bool(verification),
-            verdict=[*sides.verdict, *refit_sentences(written.matrices, recipe.refit)],
+            verdict=[
+                *sides.verdict,
+                *allocation_sentences(written.matrices, recipe),
+                *refit_sentences(written.matrices, recipe.refit),
+            ],
             protocol={
-                **job.calibration.protocol,
+                **(job.calibration.protocol if recipe.structure else job.calibration_protocol),
                 "compute_dtype": str(job.compute).removeprefix("torch."),
                 "device": str(job.device),
                 **sides.protocol,
