@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from secateur.recipe import Override, Recipe
     from secateur.recovery.callback import SparsityCallback
     from secateur.training import Training
+    from secateur.verbs.allocate import allocate
     from secateur.verbs.bench import bench
     from secateur.verbs.evaluate import evaluate
     from secateur.verbs.export import export
@@ -40,6 +41,7 @@ _HOMES = {
     "SparsityCallback": "secateur.recovery.callback",
     "Training": "secateur.training",
     "Wanda": "secateur.methods.wanda",
+    "allocate": "secateur.verbs.allocate",
     "bench": "secateur.verbs.bench",
     "evaluate": "secateur.verbs.evaluate",
     "export": "secateur.verbs.export",
@@ -62,6 +64,7 @@ __all__ = [
     "Training",
     "Wanda",
     "__version__",
+    "allocate",
     "bench",
     "evaluate",
     "export",

@@ -50,6 +50,10 @@ class SparsityError(UsageError):
     """A sparsity outside [0, 1), or one that contradicts the pattern."""
 
 
+class AllocationError(UsageError):
+    """An allocation file that cannot be read, or that was made for another model."""
+
+
 class BudgetError(UsageError):
     """A budget that cannot be read, that keeps everything, or that nothing meets."""
 

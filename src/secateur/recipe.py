@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.allocation_file import is_file
 from secateur.budgets import parse_budget
 from secateur.errors import RecipeError, SparsityError, UnknownNameError
 from secateur.patterns import Pattern, check_sparsity, parse_pattern
@@ -70,7 +71,10 @@ class Recipe:
     correction from 0 to 1, or auto to choose it for each matrix on calibration text that is held out. It takes a dense
     forward beside the other one, and a method with the Gram matrix of the inputs."""
     allocation: str = "uniform"
-    """How the sparsity is divided among the matrices."""
+    """How the sparsity is divided among the matrices: the name of a rule, or a .yaml file that `secateur allocate`
+    wrote (moved to --sparsity where that is given as well)."""
+    allocation_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the allocation, as KEY=VALUE; `secateur methods NAME` lists them."""
     calibration: str = "builtin"
     """Calibration data: a text file, a dataset NAME[:CONFIG[:SPLIT]], a folder of images, or builtin."""
     samples: int | None = None
@@ -111,6 +115,8 @@ class Recipe:
                     hint=f"leave --sparsity out with --pattern {pattern}",
                 )
         self.correction  # noqa: B018 - a value that is none is refused
+        if self.allocation_options and is_file(self.allocation):
+            raise RecipeError(f"allocation {self.allocation} is a file, which has no options", hint="leave them out")
         for name in ("samples", "sequence_length", "round_to"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -170,7 +176,10 @@ class Recipe:
             RecipeError: naming the first.
         """
         units = {*self.structure} - {"depth"}
-        single = ("pattern", "refit", "error_correction", "allocation", "targets", "ignore", "overrides")
+        single = (
+            "pattern", "refit", "error_correction", "allocation", "allocation_options", "targets", "ignore",
+            "overrides",
+        )  # fmt: skip
         for name in names:
             if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
                 raise RecipeError(f"depth_by needs --structure{' depth' * bool(units)}", hint="leave it out")
@@ -229,7 +238,8 @@ class Recipe:
         data = dataclasses.asdict(self)
         for key in ("structure", "targets", "ignore", "overrides"):
             data[key] = list(data[key])
-        data["method_options"] = dict(self.method_options)
+        for key in ("method_options", "allocation_options"):
+            data[key] = dict(data[key])
         return data
 
     @classmethod
@@ -297,7 +307,7 @@ def _checked(key: str, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise refuse("a list of patterns")
         return tuple(value)
-    elif key == "method_options":
+    elif key in {"method_options", "allocation_options"}:
         if not isinstance(value, Mapping):
             raise refuse("a mapping of option names to values")
         return dict(value)

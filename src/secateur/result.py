@@ -159,6 +159,33 @@ class PruneResult(Plain):
 
 
 @dataclass
+class AllocatedMatrix(Plain):
+    """The share of zeros that one matrix is to have."""
+
+    name: str
+    shape: list[int]
+    sparsity: float
+
+
+@dataclass
+class AllocateResult(Plain):
+    """What `secateur allocate` prints."""
+
+    out: str
+    model: str
+    allocation: str
+    allocation_options: dict[str, Any]
+    sparsity: float
+    """Mean over all weights."""
+    matrices: list[AllocatedMatrix]
+    protocol: dict[str, Any]
+    """What the rule looked at."""
+    seconds: float
+    peak_rss_bytes: int
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
 class PlanResult(Plain):
     """What `secateur prune --structure ... --dry-run` prints, or `--budget ... --dry-run`."""
 

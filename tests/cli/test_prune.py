@@ -70,6 +70,7 @@ FLAGS = {
     "update": (["--structure", "ffn", "--no-update"], False),
     "refit": (["--no-refit"], False),
     "allocation": (["--allocation", "other"], "other"),
+    "allocation_options": (["--allocation-option", "spread=0.1"], {"spread": "0.1"}),
     "calibration": (["--calibration", "text.txt"], "text.txt"),
     "samples": (["--samples", "7"], 7),
     "sequence_length": (["--sequence-length", "64"], 64),
@@ -105,6 +106,7 @@ def test_a_flag_sets_its_field_and_no_other(run, pruning, field):
 def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
     in_file = {
         "method_options": {"block_size": 1, "other": 2},
+        "allocation_options": {"other": 2},
         "sparsity": 0.75,
         "pattern": "unstructured",
         "samples": 99,
@@ -124,8 +126,11 @@ def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
     file.write_text(json.dumps({field: in_file.get(field, "file"), **BESIDE.get(field, {})}))
     flags, value = FLAGS[field]
     run("prune", "demo", "-o", "out", "--recipe", str(file), *flags)
-    merged = {"block_size": "64", "other": 2, "damping": "0.1"}  # options are replaced one by one
-    wanted = {field: merged if field == "method_options" else value, **BESIDE.get(field, {})}
+    merged = {
+        "method_options": {"block_size": "64", "other": 2, "damping": "0.1"},
+        "allocation_options": {"other": 2, "spread": "0.1"},
+    }  # options are replaced one by one
+    wanted = {field: merged.get(field, value), **BESIDE.get(field, {})}
     assert pruning.kwargs["recipe"] == Recipe(**wanted)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from secateur.allocation._base import Need, Share
 from secateur.patterns import check_sparsity
 
 
@@ -14,15 +15,13 @@ class Uniform:
     """The rule of nearly all papers. It has no options."""
 
     name: ClassVar[str] = "uniform"
+    needs: ClassVar[Need] = "nothing"
 
-    def allocate(self, names: Sequence[str], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
-        """Sparsity of each matrix, so that the mean weighted by size is ``sparsity``.
-
-        Args:
-            sizes: number of weights of each matrix.
+    def allocate(self, shares: Sequence[Share], sparsity: float) -> dict[str, float]:
+        """Sparsity of each, so that the mean weighted by size is ``sparsity``.
 
         Raises:
             SparsityError: when ``sparsity`` is outside [0, 1).
         """
         check_sparsity(sparsity)
-        return dict.fromkeys(names, sparsity)
+        return {share.name: sparsity for share in shares}

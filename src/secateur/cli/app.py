@@ -10,7 +10,20 @@ from typing import Annotated, cast
 
 import typer
 
-from secateur.cli import bench, console, evaluate, export, generate, inspect, methods, prune, recover, report, study
+from secateur.cli import (
+    allocate,
+    bench,
+    console,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    methods,
+    prune,
+    recover,
+    report,
+    study,
+)
 from secateur.errors import SecateurError
 
 USAGE_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -45,6 +58,7 @@ def _root(
 
 app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
+app.command("allocate")(allocate.allocate)
 app.command("recover")(recover.recover)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)

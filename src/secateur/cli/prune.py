@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur.allocation_file import is_file
 from secateur.cli import console, tables
 from secateur.cli.options import (
     CALIBRATION_PANEL,
@@ -122,7 +123,10 @@ def prune(
     update: Annotated[bool | None, option("update", "--update/--no-update")] = None,
     refit: Annotated[bool | None, option("refit", "--refit/--no-refit")] = None,
     error_correction: Annotated[str | None, option("error_correction")] = None,
-    allocation: Annotated[str | None, option("allocation")] = None,
+    allocation: Annotated[str | None, option("allocation", metavar="NAME|FILE")] = None,
+    allocation_options: Annotated[
+        list[str] | None, option("allocation_options", "--allocation-option", metavar="KEY=VALUE")
+    ] = None,
     method_options: Annotated[
         list[str] | None, option("method_options", "--method-option", metavar="KEY=VALUE")
     ] = None,
@@ -165,6 +169,7 @@ def prune(
         "refit": refit,
         "error_correction": error_correction,
         "allocation": allocation,
+        "allocation_options": parse_pairs("--allocation-option", allocation_options or [], "spread=0.1"),
         "method_options": parse_method_options(method_options or []),
         "targets": targets,
         "ignore": ignore,
@@ -224,7 +229,8 @@ def build_recipe(flags: Mapping[str, Any], file: Path | None, reporter: Reporter
     """Lay the flags that were given over the recipe file.
 
     A flag replaces the value of the file. ``--method-option`` replaces one option, not all; but the options in the
-    file belong to the file's method and are left out, with a warning, when ``--method`` names another.
+    file belong to the file's method and are left out, with a warning, when ``--method`` names another. The same holds
+    for ``--allocation-option``.
 
     Raises:
         RecipeError: for an unknown key or a value of the wrong kind in the file.
@@ -242,14 +248,16 @@ def _laid_over(given: dict[str, Any], file: Path | None, reporter: Reporter) -> 
         return Recipe.from_dict(given, where="flags")
     data = {str(key).replace("-", "_"): value for key, value in load_recipe(file).items()}
     Recipe.from_dict(data, where=str(file))  # a fault of the file is told as one of the file
-    options = data.get("method_options")
-    if isinstance(options, Mapping):
-        if given.get("method", data.get("method")) == data.get("method"):
-            given["method_options"] = {**options, **given.get("method_options", {})}
+    for owner in ("method", "allocation"):
+        name = f"{owner}_options"
+        options = data.get(name)
+        if not isinstance(options, Mapping):
+            continue
+        if given.get(owner, data.get(owner)) == data.get(owner):
+            given[name] = {**options, **given.get(name, {})}
         else:
-            data.pop("method_options")
-            owner = data.get("method", "the default method")
-            reporter.warn(f"{file}: method_options are left out, they belong to {owner}")
+            data.pop(name)
+            reporter.warn(f"{file}: {name} are left out, they belong to {data.get(owner, f'the default {owner}')}")
     return Recipe.from_dict({**data, **given}, where=f"{file} with flags")
 
 
@@ -294,4 +302,6 @@ def default_out(model: str, recipe: Recipe) -> Path:
     pattern = recipe.parsed_pattern
     amount = f"{recipe.effective_sparsity:g}" if pattern.unstructured else f"{pattern.keep}-{pattern.group}"
     done = "-".join(recipe.structure) or recipe.method
+    if is_file(recipe.allocation) and recipe.sparsity is None and pattern.unstructured:
+        amount = Path(recipe.allocation).stem
     return Path(f"{name_of(model)}-{done}-{amount}")

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from secateur.plugins import Description
 from secateur.result import (
+    AllocateResult,
     EvaluateResult,
     ExportResult,
     InspectResult,
@@ -92,6 +93,23 @@ def pruned(result: PruneResult, beside: Sequence[Column] = ()) -> RenderableType
     took = f"{result.seconds:,.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory"
     parts.append(Text(f"{result.out} ({state}; {took})"))
     return Group(*parts)
+
+
+def allocated(result: AllocateResult) -> RenderableType:
+    """Sparsities by kind of matrix, and where the file is."""
+    table = Table(show_edge=False, pad_edge=False)
+    for number_, title in enumerate(("matrices", "blocks", "fewest zeros", "mean", "most zeros")):
+        table.add_column(title, justify="right" if number_ else "left")
+    for (kind,), group in _grouped(result.matrices, lambda matrix: (family(matrix.name),)).items():
+        shares = [matrix.sparsity for matrix in group]
+        cells = (kind, str(len(group)), *(percent(one, 1) or "" for one in (min(shares), _mean(shares), max(shares))))
+        table.add_row(*(Text(cell) for cell in cells))
+    mean = f"{percent(result.sparsity)} of all weights, divided by {result.allocation}"
+    return Group(table, Text(), Text(mean), Text(f"{result.out} ({result.seconds:,.1f} s)"))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def planned(result: PlanResult) -> RenderableType:

@@ -245,6 +245,7 @@ class BlockStream:
         self, lanes: list[Lane], specs: Mapping[str, MatrixSpec], final: dict[str, torch.Tensor],
         reports: dict[str, PrunedMatrix],
     ) -> Solver:  # fmt: skip
+        """What gathers statistics and works on the matrices of a block."""
         return Solver(self, specs, final, reports)
 
     def _one_pass(self) -> bool:

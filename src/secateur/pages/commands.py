@@ -13,6 +13,9 @@ from secateur.recipe import Recipe
 from secateur.result import PruneResult, RecoverResult
 from secateur.training import Training
 
+NESTED = ("method_options", "allocation_options", "overrides")
+"""Fields of a recipe whose values are not said by one flag."""
+
 
 def command_of(result: PruneResult | RecoverResult, out: str) -> str:
     """The command, with flags only for what is not the default.
@@ -22,7 +25,7 @@ def command_of(result: PruneResult | RecoverResult, out: str) -> str:
     """
     if isinstance(result, PruneResult):
         model, verb = str(result.source.get("model") or "MODEL"), "prune"
-        flags = _flags(Recipe, {k: v for k, v in result.recipe.items() if k not in ("method_options", "overrides")})
+        flags = _flags(Recipe, {k: v for k, v in result.recipe.items() if k not in NESTED})
         flags += _options(result.recipe)
     else:
         model, verb = str(result.student.get("model") or "MODEL"), "recover"
@@ -35,7 +38,7 @@ def command_of(result: PruneResult | RecoverResult, out: str) -> str:
 def settings_of(result: PruneResult | RecoverResult) -> dict[str, Any]:
     """The settings that are not the default, by name."""
     cls, data = (Recipe, result.recipe) if isinstance(result, PruneResult) else (Training, result.settings)
-    return {name: value for name, value in _changed(cls, data).items() if name not in ("method_options", "overrides")}
+    return {name: value for name, value in _changed(cls, data).items() if name not in NESTED}
 
 
 def _changed(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,16 +68,19 @@ def _flags(cls: type[Any], data: Mapping[str, Any]) -> list[str]:
 
 
 def _options(recipe: Mapping[str, Any]) -> list[str]:
-    """Options of the method that are not its defaults, and the overrides."""
+    """Options of the method and of the allocation that are not their defaults, and the overrides."""
     structure = recipe.get("structure") or []
     kind = "expert_criteria" if "experts" in structure else "criteria" if structure else "methods"
-    try:
-        known = {option.name: str(option.default) for option in describe(kind, str(recipe.get("method")), kind).options}
-    except SecateurError:  # a method that this version does not have
-        known = {}
-    options = recipe.get("method_options")
-    given = options.items() if isinstance(options, dict) else ()
-    flags = [f"--method-option={name}={value}" for name, value in given if known.get(name) != str(value)]
+    flags: list[str] = []
+    for owner, folder in (("method", kind), ("allocation", "allocation")):
+        try:
+            described = describe(folder, str(recipe.get(owner)), folder).options
+        except SecateurError:  # one that this version does not have, or a file
+            described = ()
+        known = {option.name: str(option.default) for option in described}
+        options = recipe.get(f"{owner}_options")
+        given = options.items() if isinstance(options, dict) else ()
+        flags += [f"--{owner}-option={name}={value}" for name, value in given if known.get(name) != str(value)]
     overrides = recipe.get("overrides")
     known_overrides = [one for one in overrides if isinstance(one, dict)] if isinstance(overrides, list) else []
     return flags + [f"--override={one.get('match')}={one.get('sparsity')}" for one in known_overrides]

@@ -28,7 +28,7 @@ BUILTIN = {"paper": "paper.yaml"}
 SAMPLERS = ("grid", "tpe", "nsga2")
 BASELINES = ("bfloat16", "q8_0", "q4_0")
 """What can be measured beside the dense model: other number formats, the last two as files of llama.cpp."""
-SINGLE = ("targets", "ignore", "overrides", "refit", "error_correction")
+SINGLE = ("targets", "ignore", "overrides", "refit", "error_correction", "allocation_options")
 """Fields of a recipe that mean something only where single weights go."""
 FIXED = (*SINGLE, "round_to", "update", "depth_by", "device", "compute_dtype", "activation_memory")
 """Fields of a recipe that a study can fix beside those that it can vary."""

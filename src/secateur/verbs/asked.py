@@ -8,6 +8,7 @@ from typing import Any
 
 import transformers
 
+from secateur.allocation._base import Allocation
 from secateur.plugins import Chooser
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
@@ -30,8 +31,8 @@ def merge(
     return chosen, Recipe.from_dict(values, where="prune")
 
 
-def options_of(method: Chooser) -> dict[str, Any]:
-    """The options of a method by name, as its dataclass has them."""
+def options_of(method: Chooser | Allocation) -> dict[str, Any]:
+    """The options of a method or an allocation rule by name, as its dataclass has them."""
     options: Any = method
     fields = dataclasses.fields(options) if dataclasses.is_dataclass(options) else ()
     return {entry.name: getattr(options, entry.name) for entry in fields}

@@ -55,6 +55,7 @@ from secateur.structured.stream import UnitStream
 from secateur.verbs.asked import options_of
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.choices import CHANNELS, Choices, check_gradients, choose_channels, gradient_scores
+from secateur.verbs.dividing import divide
 from secateur.verbs.fingerprint import config_digest, fingerprint
 from secateur.verbs.shape import Model, Shape, plan_shape
 from secateur.verify import Expected
@@ -85,6 +86,8 @@ class Job:
     """What is decided for the whole model when the work starts."""
     calibration_read: bool = True
     """Whether the calibration data were needed, be it only to choose what goes."""
+    calibration_protocol: dict[str, Any] = field(default_factory=dict)
+    """What was read of them; where the method needs none, for the choice or the allocation alone."""
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -225,24 +228,27 @@ def prepare(
         same = resumed is not None and resumed.get("config_sha256") == config_digest(source)
         earlier = resumed.get("split") if resumed is not None and same else None
         shape = plan_shape(recipe, source, opened, method, calibrated, device, compute, reporter, stack, earlier)
+    if not recipe.structure:
+        check_finite(reader, reporter)
+        divided = divide(recipe, source, opened, plan, calibrated, device, compute, reporter, resumed)
+        plan = make_plan(recipe, structure, divided) if divided else plan
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
     if _needs_data(method, recipe):
         calibration = calibrated()
     if shape.width is not None or shape.hidden is not None:
         check_gradients(method, model)
-    if not recipe.structure:
-        check_finite(reader, reporter)
     if dtype is not None:
         _check_fits(reader, dtype)
     digest = hash_folder(source.folder)
     read = bool(loaded)
+    protocol = loaded[0].protocol if loaded else calibration.protocol
     loaded.clear()
     trim_memory()  # tokenizer and text are no longer needed
     if isinstance(method, Method):
         plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
     return Job(
         source, recipe, method, opened.skeleton, opened.structure, opened.reader, opened.binding, plan, calibration,
-        device, compute, dtype, digest, prunable, shape, calibration_read=read,
+        device, compute, dtype, digest, prunable, shape, calibration_read=read, calibration_protocol=protocol,
     )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
 from secateur.verbs.asked import merge, tell_unmeasured, tell_unread
 from secateur.verbs.calibration import Data
 from secateur.verbs.card import write_card
+from secateur.verbs.dividing import allocation_sentences
 from secateur.verbs.evaluate import read_files
 from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
@@ -156,11 +157,12 @@ def prune(
             verified=bool(verification),
             verdict=[
                 *sides.verdict,
+                *allocation_sentences(written.matrices, recipe),
                 *refit_sentences(written.matrices, recipe.refit),
                 *correction_sentences(written.matrices),
             ],
             protocol={
-                **job.calibration.protocol,
+                **(job.calibration.protocol if recipe.structure else job.calibration_protocol),
                 "compute_dtype": str(job.compute).removeprefix("torch."),
                 "device": str(job.device),
                 **sides.protocol,
