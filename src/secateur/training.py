@@ -37,7 +37,7 @@ class Training:
     """Budget in minutes of training, turned into steps by a measurement before it starts. The steps alone are counted:
     asking the teacher, loading, verifying and measuring come on top."""
     learning_rate: float | None = None
-    """Peak learning rate (full 4e-4, lora 1e-3, norms-and-biases 1e-3, blocks 2e-4)."""
+    """Peak learning rate (full 4e-4, lora 1e-3, norms-and-biases 1e-3, blocks 4e-4)."""
     batch_size: int | None = None
     """Sequences of an optimiser step in each process (1; 2 for blocks; 16 for labelled texts)."""
     sequence_length: int | None = None
@@ -47,7 +47,7 @@ class Training:
     top_k: int | None = None
     """Logits of the teacher that are kept for each token (64); the others count as one."""
     epochs: int | None = None
-    """Times through the data: the windows of --mode blocks (4), labelled texts (3), texts to embed (1)."""
+    """Times through the data: labelled texts (3), texts to embed (1), and for --mode blocks as often as the tokens take."""
     held_out: float = 0.05
     """Share of the data that is not trained on and measures generalisation."""
     gradient_checkpointing: str = "auto"

@@ -36,8 +36,8 @@ _SMALLER = "start again with --overwrite and a smaller --learning-rate"
 class BlockTraining:
     """How each block is trained."""
 
-    epochs: int = 4
-    learning_rate: float = 2e-4
+    epochs: int = 1
+    learning_rate: float = 4e-4
     batches: int = 2
     """Calibration batches in an optimiser step."""
     weight_decay: float = 0.0

@@ -30,11 +30,12 @@ from secateur.verbs.teacher import Teacher, find_teacher, is_classifier
 
 Task = Literal["language", "labels", "features"]
 
-RATES = {"full": 4e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 2e-4}
+RATES = {"full": 4e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 4e-4}
 LABEL_RATES = {"full": 3e-5, "lora": 3e-4, "norms-and-biases": 1e-3}
 EPOCHS = 4
-BLOCK_WINDOWS = 64
-"""Windows for --mode blocks when no budget is given."""
+"""The most times that --mode blocks goes through a text when no budget is given."""
+BLOCK_WINDOWS = 256
+"""Windows for --mode blocks when no budget is given, counted as often as they are gone through."""
 LABEL_EPOCHS = 3
 TEXT_TOKENS = 128
 """The most tokens of a labelled text or of a text to embed."""
@@ -245,18 +246,20 @@ def _running_text(lesson: Lesson, skeleton: transformers.PreTrainedModel, report
     lesson.protocol["data"] = f"{text.origin}; {len(cut)} windows of {lesson.length} tokens"
     available = len(lesson.split.train)
     if settings.mode == "blocks":
-        lesson.epochs = settings.epochs or EPOCHS
-        count = min(available, BLOCK_WINDOWS)
+        # Tokens that were not seen before teach more than the same ones again: once through as much text as there is.
+        passes = math.ceil((settings.tokens or BLOCK_WINDOWS * lesson.length) / max(available * lesson.length, 1))
+        lesson.epochs = settings.epochs or max(1, passes if settings.tokens else min(passes, EPOCHS))
+        wanted = steps_for(settings.tokens or BLOCK_WINDOWS * lesson.length, lesson.epochs, lesson.length)
+        count = min(available, wanted)
         if settings.tokens is None and count < available:
             reporter.note(f"{count} of {available:,} windows are trained on; --tokens sets another number")
-        if settings.tokens is not None:
-            wanted = steps_for(settings.tokens, lesson.epochs, lesson.length)
-            count = min(available, wanted)
-            if count < wanted:
-                reporter.warn(
-                    f"the text has {available:,} windows to train on: {lesson.epochs} times through them is "
-                    f"{available * lesson.epochs * lesson.length:,} tokens, not the {settings.tokens:,} of --tokens"
-                )
+        if settings.epochs is None and lesson.epochs > 1:
+            reporter.note(f"the text has {available:,} windows to train on: it is gone through {lesson.epochs} times")
+        if settings.tokens is not None and count < wanted:
+            reporter.warn(
+                f"the text has {available:,} windows to train on: {lesson.epochs} times through them is "
+                f"{available * lesson.epochs * lesson.length:,} tokens, not the {settings.tokens:,} of --tokens"
+            )
         lesson.split = Split(lesson.split.train[:count], lesson.split.held_out)
         lesson.steps = 0
         return
