@@ -36,7 +36,7 @@ WAYS: dict[str, list[str]] = {
 BUDGET = "budget 80%"
 LONG_WAYS = {
     "sparsegpt": {"full kd": LONG, "full lm": LONG, "full kd+lm": HALF, "blocks": LONG},
-    "sparsegpt 2:4": {"full kd": LONG, "full kd+lm": HALF, "blocks": LONG},
+    "sparsegpt 2:4": {"full kd": LONG, "full kd+lm": HALF, "blocks": HALF},
     BUDGET: {"lora kd": HALF},
 }
 TIMED_WAYS = ("full kd+hidden", "lora kd")
