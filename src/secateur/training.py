@@ -47,7 +47,7 @@ class Training:
     top_k: int | None = None
     """Logits of the teacher that are kept for each token (64); the others count as one."""
     epochs: int | None = None
-    """Times through the data: labelled texts (3), texts to embed (1), with --mode blocks as often as the tokens take."""
+    """Times through the data: labelled texts (3), texts to embed (1), with --mode blocks what the tokens take."""
     held_out: float = 0.05
     """Share of the data that is not trained on and measures generalisation."""
     gradient_checkpointing: str = "auto"
