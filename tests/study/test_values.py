@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import StudyError, UnknownNameError
-from secateur.study.spec import read_study
+from secateur.study.read import read_study
 from secateur.study.values import Reach, check_constraints, meets, parse_constraint, read_objectives, violations
 from tests.study.studies import plain
 
