@@ -12,7 +12,7 @@ from secateur.engine.device import resolve_device
 from secateur.errors import SecateurError
 from secateur.measure.compare import Worker, interval_of_ratios, measure_pair
 from secateur.measure.energy import find_meter
-from secateur.measure.sentences import ROUNDS, measure_sentences
+from secateur.measure.sentences import ROUNDS, Reading, measure_sentences
 from secateur.progress import Reporter
 
 NEW_TOKENS = 32
@@ -69,13 +69,9 @@ def _alone(load: Load, folder: Path, device: str, reporter: Reporter) -> Speed:
             worker.ask("decode", **request)
             answers = [worker.ask("decode", **request) for _ in range(ROUNDS)]
         return Speed({DECODE: statistics.median(answer["tokens"] / answer["seconds"] for answer in answers)})
-    found = Speed()
-    for name, batch in BATCHES.items():
-        meter, why = find_meter(device) if batch > 1 else (None, "")
-        (own,) = _read(load, [folder], batch, device, meter, reporter)
-        found.values[name] = statistics.median(own.per_second)
-        if batch > 1:
-            _energy(found, own.joules_per_thousand, why)
+    (own,), why = _read(load, [folder], device, reporter)
+    found = Speed({name: statistics.median(own[batch].per_second) for name, batch in BATCHES.items()})
+    _energy(found, own, why)
     return found
 
 
@@ -92,25 +88,29 @@ def _in_turn(
         found.values |= {DECODE: base * pair.decode_ratio.median, "decode_ratio": pair.decode_ratio.median}
         found.intervals[DECODE] = [base * pair.decode_ratio.low, base * pair.decode_ratio.high]
         return found
+    (before, after), why = _read(load, [dense, folder], device, reporter)
     for name, batch in BATCHES.items():
-        meter, why = find_meter(device) if batch > 1 else (None, "")
-        before, after = _read(load, [dense, folder], batch, device, meter, reporter)
-        ratio = interval_of_ratios(before.per_second, after.per_second)
-        base = known.get(name) or statistics.median(before.per_second)
+        ratio = interval_of_ratios(before[batch].per_second, after[batch].per_second)
+        base = known.get(name) or statistics.median(before[batch].per_second)
         found.values[name] = base * ratio.median
         found.intervals[name] = [base * ratio.low, base * ratio.high]
-        if batch > 1:
-            _energy(found, after.joules_per_thousand, why)
+    _energy(found, after, why)
     return found
 
 
-def _read(load: Load, folders: list[Path], batch: int, device: str, meter: Any, reporter: Reporter) -> Any:
-    return measure_sentences(
-        folders, load["sentences"], padding=load["padding"], batch=batch, device=device, meter=meter, reporter=reporter
-    )
+def _read(load: Load, folders: list[Path], device: str, reporter: Reporter) -> tuple[list[dict[int, Reading]], str]:
+    """What each folder did, and why there is no energy."""
+    meter, why = find_meter(device)
+    found = measure_sentences(
+        folders, load["sentences"], padding=load["padding"], batches=list(BATCHES.values()), device=device,
+        meter=meter, reporter=reporter,
+    )  # fmt: skip
+    return found, why
 
 
-def _energy(found: Speed, joules: list[float], why: str) -> None:
+def _energy(found: Speed, own: Mapping[int, Reading], why: str) -> None:
+    """Energy where many sentences are read at once, or the reason why it is not known."""
+    joules = own[max(own)].joules_per_thousand
     found.values[ENERGY] = statistics.median(joules) if joules else None
     if not joules:
         found.missing[ENERGY] = why
