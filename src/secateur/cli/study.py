@@ -90,8 +90,7 @@ def status(study: StudyOrStorage, json: Json = False, quiet: Quiet = False, debu
         from secateur.study.read import is_file_of_study, load_studies
         from secateur.study.status import study_status
 
-        named = is_file_of_study(study) and not Path(study).is_dir()
-        storages = [spec.storage for spec in load_studies(study)] if named else [Path(study)]
+        storages = [spec.storage for spec in load_studies(study)] if is_file_of_study(study) else [Path(study)]
         begun = [path for path in storages if path.is_file()]  # of several models the last ones may wait
         results = [study_status(path) for path in begun or storages[:1]]
         for result in results:
