@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ import torch
 
 import secateur
 from secateur.cli.app import main
+from secateur.errors import Interrupted, StudyError
 from secateur.measure.energy import find_meter
 from secateur.measure.sentences import Reading
 from secateur.study import run_study, study_status
+from secateur.study.trial import Outcome
 from tests.study.labelled import write_model_and_splits, write_study
 
 RECOVERY = {"epochs": 1, "learning_rate": 1e-3, "held_out": 0.0}
@@ -108,6 +111,38 @@ def test_the_printed_command_makes_the_same_classifier(study, tmp_path, monkeypa
     made = (tmp_path / Path(trial.out).name / "model.safetensors").read_bytes()
     assert made == (Path(trial.out) / "model.safetensors").read_bytes()
     assert result.baselines[0].command.startswith("secateur recover")
+
+
+def test_a_stopped_study_goes_on_with_the_classifier_that_was_made_once(study, tmp_path, monkeypatch):
+    folder, _ = study
+    for path in [folder / "model", *folder.glob("*.jsonl")]:
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.setenv("SECATEUR_CACHE", str(folder / "cache"))
+    monkeypatch.setattr("secateur.study.base.recover", None)  # the other study has made it
+    tried: list[str] = []
+
+    def trial(task, reporter=None):
+        tried.append(task.model)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        shutil.copytree(task.dense, task.out)
+        return Outcome("complete", {"accuracy": 0.5 + len(tried) / 10, "nonzero": 10.0}, seconds=1.0, proxy=0.4)
+
+    monkeypatch.setattr("secateur.study.workers.run_trial", trial)
+    path = write_study(tmp_path, name="other")
+    with pytest.raises(Interrupted):
+        run_study(path)
+    result = run_study(path)
+    assert len(tried) == 3
+    assert len(set(tried)) == 1
+    assert Path(tried[0]).parent == tmp_path / "other"
+    assert [one.values["accuracy"] for one in result.trials] == pytest.approx([0.6, 0.8])
+    assert result.recommended == 1
+    # The stand-in's models are the dense one, so on the test texts they are exactly as good.
+    assert {one.values["accuracy"] for one in result.finalists} == {result.baselines[0].values["test_accuracy"]}
+    assert {one.values["accuracy_difference"] for one in result.finalists} == {0.0}
+    with pytest.raises(StudyError, match="fine_tune"):
+        run_study(write_study(tmp_path, name="other", **{"fine-tune": {"epochs": 7}}))
 
 
 def test_the_report_ranks_accuracy_upwards_and_names_the_fastest(study, tmp_path, capsys):
