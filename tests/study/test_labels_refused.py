@@ -75,7 +75,7 @@ def test_several_models_are_studies_of_their_own(tmp_path):
 def test_the_classifier_study_is_read_and_every_setting_can_be_run():
     for spec in load_studies("classifier"):
         grid = list(spec.grid())
-        assert (spec.task, spec.minutes) == ("labels", 40)
+        assert (spec.task, spec.minutes) == ("labels", 45)
         structures = {one["structure"] for one in grid}
         assert structures >= {"none", "depth", "ffn", "heads"}
         assert {one["dtype"] for one in grid} == {"auto", "bfloat16"}
