@@ -152,6 +152,9 @@ def test_the_report_ranks_accuracy_upwards_and_names_the_fastest(study, tmp_path
     choice = next(one for one in page["comparisons"] if "test: " not in one["protocol"])
     assert (choice["quality"], choice["better"]) == ("accuracy", "maximize")
     assert {front["axis"] for front in choice["fronts"]} >= {"sentences_speedup", "sentences_speedup_batch_32"}
+    tested = next(one for one in page["comparisons"] if "test: " in one["protocol"])
+    dense = next(page["models"][number] for number in tested["models"] if page["models"][number]["kind"] == "dense")
+    assert dense["values"]["accuracy"] == result.baselines[0].values["test_accuracy"]
     (fastest,) = [line for line in page["answer"] if "astest" in line]
     assert f"{result.best['sentences_per_second']}:" in fastest
     assert "batch 32" in fastest

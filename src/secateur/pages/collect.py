@@ -188,6 +188,8 @@ class Collector:
                         {"origin": name, "trial": _called(trial), "state": trial.state, "reason": trial.reason}
                     )
         tested = f"study {study.name}, test: {study.data.get('test') or 'its test text'}"
+        if study.finalists and study.baselines and (beside := _dense_on_test(name, study.baselines[0])) is not None:
+            self._add(source, tested, beside)
         for trial in study.finalists:
             model = self._trial(name, trial, dense, baseline=trial.number < 0)
             if trial.number in numbers:  # measured anew was the quality only
@@ -321,7 +323,7 @@ def _names(model: str) -> set[str]:
 
 def _agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     """Whether two measurements of the dense model can be one: speeds differ from run to run and do not count."""
-    keys = ("perplexity", "bytes_disk", "parameters")
+    keys = ("perplexity", "accuracy", "bytes_disk", "parameters")
     return all(one[key] == other[key] for key in keys if key in one and key in other)
 
 
@@ -341,6 +343,19 @@ def _relative_speed(values: dict[str, float], dense: Mapping[str, float | None])
         own, base = values.get(name), dense.get(name)
         if own is not None and base:
             values[title] = own / base
+
+
+def _dense_on_test(origin: str, dense: Trial) -> ReportModel | None:
+    """The dense model as the finalists were measured, beside what does not hang on the text; None for older results."""
+    start = "test_"
+    values = {name: value for name, value in dense.values.items() if value is not None and not is_quality(name)}
+    found = {name.removeprefix(start): values.pop(name) for name in list(values) if name.startswith(start)}
+    if not found:
+        return None
+    ends = {name.removeprefix(start): span for name, span in dense.intervals.items() if name.startswith(start)}
+    _relative_speed(values, dense.values)
+    title = f"{dense.name}, on the test text"
+    return ReportModel(title, "dense", origin, {**found, **values}, dense.command, intervals=ends)
 
 
 def _intervals(trial: Trial, dense: Mapping[str, float | None]) -> dict[str, list[float]]:
