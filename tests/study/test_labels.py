@@ -158,3 +158,4 @@ def test_the_report_ranks_accuracy_upwards_and_names_the_fastest(study, tmp_path
     (fastest,) = [line for line in page["answer"] if "astest" in line]
     assert f"{result.best['sentences_per_second']}:" in fastest
     assert "batch 32" in fastest
+    assert "bfloat16 without pruning" in fastest  # the faster one here, and it must not be kept silent

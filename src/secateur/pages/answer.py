@@ -49,15 +49,26 @@ def fastest(found: Sequence[tuple[StudyResult, str, int]], models: Sequence[Repo
     """
     told: dict[str, list[str]] = {}
     for study, name, number in found:
-        model, ends = models[number], models[number].intervals.get(name)
-        span = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
-        title = next(title for key, title, _ in _GAINS if key == name).removeprefix("the ")
-        noise = ", no difference shown" if name in model.unshown else ""
+        model = models[number]
+        title = next(title for key, title, _ in _GAINS if key == name)
         met = f" with {' and '.join(study.constraints)}" if study.constraints else ""
-        told.setdefault(f"Fastest of {study.name}{met}", []).append(
-            f"in {title} {model.name}, {model.values[name]:.2f} times the dense model{span}{noise}"
+        unpruned = [
+            other for other in models
+            if other.origin == model.origin and other.kind == "quantised" and other.meets is not False
+        ]  # fmt: skip
+        beside = [f"{other.name} without pruning {_times(other, name)}" for other in unpruned if name in other.values]
+        told.setdefault(f"Fastest trial of {study.name}{met}", []).append(
+            f"{model.name} with {_times(model, name)} {title} of the dense model"
+            + (f" ({', '.join(beside)})" if beside else "")
         )
     return [f"{start}: {'; '.join(parts)}." for start, parts in told.items()]
+
+
+def _times(model: ReportModel, name: str) -> str:
+    """A multiple of the dense model's value, with its interval, and whether it is beyond noise."""
+    ends = model.intervals.get(name)
+    span = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
+    return f"{model.values[name]:.2f} times{span}" + (", no difference shown," if name in model.unshown else "")
 
 
 def _choice(comparison: Comparison, models: Sequence[ReportModel]) -> tuple[int | None, str]:
