@@ -20,7 +20,7 @@ from secateur.study import run_study, study_status
 from secateur.study.trial import Outcome
 from tests.study.labelled import write_model_and_splits, write_study
 
-RECOVERY = {"epochs": 1, "learning_rate": 1e-3, "held_out": 0.0}
+RECOVERY = {"loss": "kd", "epochs": 1, "learning_rate": 1e-3, "held_out": 0.0}
 
 
 def clock(folders, texts, *, batches, **others):
@@ -63,6 +63,7 @@ def test_it_comes_to_its_end(study):
     assert [trial.state for trial in result.trials] == ["complete", "complete"], result.trials
     assert [one.name for one in result.baselines] == ["dense", "bfloat16"]
     assert result.finished
+    assert not result.trials[1].warnings  # the dense classifier was trained, not pruned: it is a teacher like another
     assert study_status(folder / "tiny.db").to_dict() == result.to_dict()
 
 
