@@ -31,6 +31,8 @@ class ReportModel(Plain):
     """Name of a value -> why it was not measured."""
     unshown: list[str] = field(default_factory=list)
     """Values whose difference from the dense model was within the noise of the run that measured them."""
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    """Name of a value -> ends of its 95 % interval, of those that have one."""
 
 
 @dataclass

@@ -23,7 +23,9 @@ class Trial(Plain):
     """The command line that makes this model."""
     values: dict[str, float | None] = field(default_factory=dict)
     """Objectives, and everything else that was measured: perplexity, nll_per_token, bytes_disk, parameters, nonzero,
-    sparsity, flops_per_token, sparse_flops_per_token, decode_tokens_per_second, joules_per_token, seconds."""
+    sparsity, flops_per_token, sparse_flops_per_token, decode_tokens_per_second, seconds; of classifiers accuracy,
+    accuracy_difference (from the dense model's, text by text), macro_f1, loss, sentences_per_second,
+    sentences_per_second_batch_32, joules_per_thousand_sentences."""
     meets: bool | None = None
     """Whether every constraint is met; None while that is not known."""
     reason: str = ""
@@ -40,6 +42,8 @@ class Trial(Plain):
     warnings: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     """Name of a value that is None -> why it was not measured."""
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    """Name of a value -> ends of its 95 % interval, of those that have one."""
 
 
 @dataclass
@@ -62,6 +66,8 @@ class StudyResult(Plain):
     """Numbers of the complete trials that meet the constraints and that no other betters in every objective."""
     finalists: list[Trial] = field(default_factory=list)
     """Those measured on the test text, once, at the end; ``values`` are of that text."""
+    best: dict[str, int] = field(default_factory=dict)
+    """Objective -> number of the complete trial that is best in it, of those that meet the constraints."""
     recommended: int | None = None
     """Number of the trial a user should take."""
     recommended_by: str = ""
@@ -74,4 +80,12 @@ class StudyResult(Plain):
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass
+class StudyResults(Plain):
+    """What a study file of several models has found: a study for each."""
+
+    studies: list[StudyResult]
     schema_version: int = SCHEMA_VERSION

@@ -11,6 +11,7 @@ import pytest
 from secateur.errors import Interrupted, StudyError
 from secateur.study_result import StudyResult, Trial
 from tests.cli.conftest import Verb
+from tests.study import labelled
 from tests.study.studies import write_study
 
 
@@ -55,6 +56,34 @@ def test_run_passes_the_study_and_who_runs_it(run, run_verb, tmp_path):
     assert "secateur prune demo -o trial-0000" in done.out
     assert "[bold]no luck[/bold]" in done.out  # hostile text is text
     assert "warning: mind this" in done.err
+
+
+def test_data_and_a_study_of_several_models_reach_the_call(run, run_verb, tmp_path):
+    path = labelled.write_study(tmp_path, model=["demo", "demo-encoder"])
+    done = run("study", "run", str(path), "--data", str(tmp_path), "--json", "--quiet")
+    assert done.status == 0, done.err
+    assert [one["name"] for one in json.loads(done.out)["studies"]] == ["s", "s"]
+    assert run_verb.calls == 2
+    assert run_verb.args[0].name == "tiny-demo-encoder"
+    assert run_verb.args[0].data.source == str(tmp_path)
+
+
+def test_accuracy_is_told_with_its_interval_and_the_best_of_each_speed(run, status_verb, tmp_path):
+    speeds = {"sentences_per_second": 31.5, "sentences_per_second_batch_32": 64.0}
+    trial = Trial(
+        0, "complete", {"structure": "depth"}, "make it", {"accuracy": 0.9, **speeds}, True,
+        intervals={"sentences_per_second": [30.0, 33.0], "accuracy": [0.88, 0.92]},
+    )  # fmt: skip
+    tested = {"test_accuracy": 0.91}
+    status_verb.answer = StudyResult(
+        "s", "m", dict.fromkeys(speeds, "maximize"), [], {}, finished=True, trials=[trial], finalists=[trial],
+        baselines=[Trial(-1, "complete", {}, "", tested, name="dense", intervals={"test_accuracy": [0.89, 0.93]})],
+        front=[0], best=dict.fromkeys(speeds, 0), recommended=0, recommended_by="the best",
+    )  # fmt: skip
+    done = run("study", "status", str(tmp_path / "s.db"))
+    assert "Best in sentences_per_second: trial 0, 31.50 [30.00, 33.00]." in done.out
+    assert "90.0 % [88.0 %, 92.0 %]" in done.out
+    assert "91.0 % [89.0 %, 93.0 %]" in done.out
 
 
 def test_json_is_one_object(run, run_verb, tmp_path):

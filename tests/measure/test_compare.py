@@ -196,7 +196,7 @@ def fake(monkeypatch):
 
 @pytest.mark.parametrize("together", [True, False])
 def test_the_two_take_turns(fake, monkeypatch, together):
-    monkeypatch.setattr(compare, "_both_fit", lambda folders: together)
+    monkeypatch.setattr(compare, "fit_together", lambda folders: together)
     pair = measure_pair("x/a", "x/b", prompt_tokens=[5], new_tokens=4, rounds=3)
     decoded = [name for name, op in fake.asked if op == "decode"]
     warm_up = ["a", "b"]

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.study.front import finalists_of, front_of, knee_of, points_of
+from secateur.study.front import best_of, finalists_of, front_of, knee_of, points_of
 from secateur.study_result import Trial
 
 COORDINATES = st.integers(1, 6).map(float)
@@ -63,3 +63,11 @@ def test_only_complete_trials_that_meet_the_constraints_and_have_all_values_coun
         Trial(4, "failed", {}, ""),
     ]
     assert points_of(trials, {"perplexity": "minimize", "sparsity": "maximize"}) == {0: (10.0, -0.5)}
+
+
+def test_the_best_of_each_objective_is_the_first_of_the_best():
+    trials = [Trial(n, "complete", {}, "", {"speed": speed, "size": size}, n != 3)
+              for n, (speed, size) in enumerate([(2.0, 5.0), (3.0, 7.0), (3.0, 5.0), (9.0, 1.0)])]  # fmt: skip
+    objectives = {"speed": "maximize", "size": "minimize"}
+    assert best_of(points_of(trials, objectives), objectives) == {"speed": 1, "size": 0}
+    assert best_of({}, objectives) == {}

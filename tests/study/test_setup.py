@@ -9,8 +9,8 @@ from secateur.errors import CalibrationError, SecateurError, StudyError, Unsuppo
 from secateur.measure.flops import count_flops
 from secateur.progress import Recorder
 from secateur.study.flops import measure_flops
+from secateur.study.read import load_study
 from secateur.study.setup import set_up
-from secateur.study.spec import load_study
 from tests.models import save_tiny
 from tests.study.studies import write_study
 
@@ -21,9 +21,9 @@ def opened(place, **changes):
 
 def test_windows_are_cut_once_and_are_those_of_the_texts(place):
     setup = opened(place)
-    assert setup.choice.shape == setup.test.shape == (6, 32)
+    assert setup.cut["choice"].shape == setup.cut["test"].shape == (6, 32)
     text = (place / "choice.txt").read_text()
-    assert "".join(map(chr, setup.choice.flatten().tolist())) == text[: 6 * 32]  # one token a letter
+    assert "".join(map(chr, setup.cut["choice"].flatten().tolist())) == text[: 6 * 32]  # one token a letter
 
 
 def test_a_method_without_data_is_asked_for_without_text(place):

@@ -9,8 +9,8 @@ import pytest
 
 from secateur.errors import SecateurError, SparsityError, StudyError, UnknownNameError
 from secateur.recipe import Recipe
+from secateur.study.read import read_study
 from secateur.study.space import Values, read_space, read_values
-from secateur.study.spec import read_study
 from tests.study.studies import plain
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import StudyError, UnknownNameError
-from secateur.study.spec import BUILTIN, load_study, read_study
+from secateur.study.read import BUILTIN, load_study, read_study
 from tests.study.studies import plain, write_study
 
 
@@ -22,8 +22,8 @@ def test_paths_start_at_the_file_and_names_stay_names(tmp_path):
 
 
 def test_the_study_that_comes_with_the_library_is_read_and_small_enough_for_its_time():
-    (name,) = BUILTIN
-    spec = load_study(name)
+    assert set(BUILTIN) == {"paper", "classifier"}
+    spec = load_study("paper")
     assert (spec.name, spec.model, spec.minutes) == ("paper", "demo", 90)
     grid = list(spec.grid())
     assert {one["method"] for one in grid if one["structure"] == "none"} == {

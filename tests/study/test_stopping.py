@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pytest
+
 from secateur.study.stopping import Bar, hopeless, limits_of
 from secateur.study.values import parse_constraint
 
@@ -30,6 +32,26 @@ def test_a_limit_is_carried_over_by_the_dense_model():
 def test_limits_on_other_quantities_and_lower_limits_stop_nobody():
     limits = [parse_constraint("bytes_disk <= 3"), parse_constraint("perplexity >= 1x")]
     assert limits_of(limits, DENSE, 3.0) == []
+
+
+def test_accuracy_is_compared_by_the_share_of_wrong_texts():
+    limit = [parse_constraint("accuracy >= dense - 0.02", "labels")]
+    dense = {"accuracy": 0.9}
+    ((_, allowed),) = limits_of(limit, dense, math.log(0.05))
+    assert math.exp(allowed) == pytest.approx(0.12)  # the dense model does better on the few: that says little
+    ((text, allowed),) = limits_of(limit, dense, math.log(0.13))
+    assert math.exp(allowed) == pytest.approx(0.15)
+    bar = Bar(64, 2.0, [(text, allowed)], labels=True)
+    assert hopeless(bar, math.log(0.29), {}) == ""
+    reason = hopeless(bar, math.log(0.31), {})
+    assert reason.startswith("share of wrong texts 0.310 on the first 64 texts is more than 2 times the 0.150")
+    rivals = Bar(64, 2.0, rivals=[rival(3, 0.1)], labels=True)
+    assert hopeless(rivals, math.log(0.19), {}) == ""
+    assert "0.100 of trial 3" in hopeless(rivals, math.log(0.21), {})
+
+
+def test_an_upper_limit_on_accuracy_stops_nobody():
+    assert limits_of([parse_constraint("accuracy <= 0.5", "labels")], {"accuracy": 0.9}, -2.0) == []
 
 
 def test_with_one_objective_the_best_complete_trial_is_the_measure():

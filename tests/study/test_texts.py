@@ -8,7 +8,7 @@ import pytest
 
 from secateur.corpus.builtin import builtin_text
 from secateur.errors import CalibrationError, StudyError
-from secateur.study.spec import read_study
+from secateur.study.read import read_study
 from secateur.study.texts import halves, overlap, read_texts
 from tests.study.studies import plain, text
 

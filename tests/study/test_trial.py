@@ -19,7 +19,7 @@ from secateur.measure.model import load_model
 from secateur.measure.perplexity import perplexity
 from secateur.recipe import Recipe
 from secateur.study import run_study
-from secateur.study.share import Measuring, save_windows
+from secateur.study.quality import Windows, save_windows
 from secateur.study.stopping import Bar
 from secateur.study.trial import Task, run_trial
 from tests.models import tiny_tokenizer
@@ -92,7 +92,7 @@ def task(root, place, monkeypatch):
     cut = windows((root / "choice.txt").read_text(), tiny_tokenizer(), 32)[:4]
     return Task(
         number=7, model=str(place / "model"), dense=str(place / "model"), recipe=MAGNITUDE.to_dict(), training=None,
-        out=str(place / "out" / "trial"), windows=str(save_windows(place / "out" / ".shared", cut, cut)),
+        out=str(place / "out" / "trial"), choice=str(save_windows(place / "out" / ".shared", "choice", cut)),
     )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_an_error_is_an_outcome_and_ctrl_c_is_not(task, monkeypatch):
     def broken(*arguments, **others):
         raise raised
 
-    monkeypatch.setattr(module, "load_model", broken)
+    monkeypatch.setattr(module, "measuring", broken)
     raised: BaseException = ValueError("a bug")
     outcome = run_trial(task)
     assert (outcome.state, outcome.reason) == ("failed", "ValueError: a bug")
@@ -134,9 +134,8 @@ def test_first_windows_and_the_rest_are_the_whole(root):
     model = load_model(root / "model")
     cut = windows((root / "choice.txt").read_text(), tiny_tokenizer(), 32)[:7]
     whole = perplexity(model, cut)
-    measured = Measuring(model, cut, 3)
+    measured = Windows(model, cut, 3)
     assert measured.first() == pytest.approx(perplexity(model, cut[:3]).nll_per_token, rel=1e-9)
     found = measured.all()
-    assert found.nll == pytest.approx(whole.nll_per_token, rel=1e-6)
-    assert found.tokens == whole.tokens
-    assert math.isclose(Measuring(model, cut, 99).all().nll, whole.nll_per_token, rel_tol=1e-9)
+    assert found.values["nll_per_token"] == pytest.approx(whole.nll_per_token, rel=1e-6)
+    assert math.isclose(Windows(model, cut, 99).all().values["nll_per_token"], whole.nll_per_token, rel_tol=1e-9)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from secateur.cli import console, study_tables
 from secateur.cli.options import MACHINE_PANEL, Debug, Json, Quiet
 from secateur.progress import Recorder
+
+if TYPE_CHECKING:
+    from secateur.study_result import StudyResult
 
 app = typer.Typer(
     help="Search a space of settings on your model, within your budget, for those that suit your constraints.",
@@ -20,9 +23,11 @@ app = typer.Typer(
 StudyFile = Annotated[
     str,
     typer.Argument(
-        metavar="STUDY", show_default=False, help="A study file (YAML), or `paper`, which comes with the library."
+        metavar="STUDY",
+        show_default=False,
+        help="A study file (YAML), or `paper` or `classifier`, which come with the library.",
     ),
-]
+]  # fmt: skip
 StudyOrStorage = Annotated[
     str, typer.Argument(metavar="STUDY", show_default=False, help="A study file (YAML), or the storage of a study.")
 ]
@@ -42,9 +47,19 @@ RayAddress = Annotated[
 ]  # fmt: skip
 
 
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data", metavar="SOURCE", show_default=False,
+        help="Where labelled texts are, instead of what the study says: a folder of JSONL files, or a dataset.",
+    ),
+]  # fmt: skip
+
+
 @app.command("run")
 def run(
     study: StudyFile,
+    data: Data = None,
     workers: Workers = 1,
     ray: RayAddress = None,
     json: Json = False,
@@ -53,26 +68,40 @@ def run(
 ) -> None:
     """Search the settings of a study and measure the best on its test text; goes on with a study that was stopped."""
     with console.working(quiet=quiet) as reporter:
-        from secateur.study.spec import load_study
+        from secateur.study.read import load_studies
 
-        spec = load_study(study)  # refused before anything heavy is loaded
+        specs = load_studies(study, source=data)  # refused before anything heavy is loaded
         from secateur.study.run import run_study
 
-        told = Recorder(reporter)
-        result = run_study(spec, workers=workers, ray=ray, reporter=told)
-        for warning in result.warnings:
-            if warning not in told.warnings:
-                reporter.warn(warning)
-    console.emit(result, json=json, render=lambda: study_tables.study(result))
+        results = []
+        for spec in specs:
+            told = Recorder(reporter)
+            results.append(run_study(spec, workers=workers, ray=ray, reporter=told))
+            for warning in results[-1].warnings:
+                if warning not in told.warnings:
+                    reporter.warn(warning)
+    _emit(results, json)
 
 
 @app.command("status")
 def status(study: StudyOrStorage, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """What a study has found so far, also while it runs; writes NAME.json beside the storage, for `report`."""
     with console.working(quiet=quiet) as reporter:
+        from secateur.study.read import is_file_of_study, load_studies
         from secateur.study.status import study_status
 
-        result = study_status(Path(study) if Path(study).exists() else study)
-        for warning in result.warnings:
-            reporter.warn(warning)
-    console.emit(result, json=json, render=lambda: study_tables.study(result))
+        storages = [spec.storage for spec in load_studies(study)] if is_file_of_study(study) else [Path(study)]
+        begun = [path for path in storages if path.is_file()]  # of several models the last ones may wait
+        results = [study_status(path) for path in begun or storages[:1]]
+        for result in results:
+            for warning in result.warnings:
+                reporter.warn(warning)
+    _emit(results, json)
+
+
+def _emit(results: list[StudyResult], json: bool) -> None:
+    """One study as its result, those of several models as a list in one object."""
+    from secateur.study_result import StudyResults
+
+    found = results[0] if len(results) == 1 else StudyResults(results)
+    console.emit(found, json=json, render=lambda: study_tables.studies(results))

@@ -11,9 +11,19 @@ from rich.text import Text
 from secateur.cli.tables import megabytes, number, percent
 from secateur.study_result import StudyResult, Trial
 
-ALWAYS = ("perplexity", "sparsity", "bytes_disk")
+ALWAYS = ("perplexity", "accuracy", "sparsity", "bytes_disk")
 SHOWN = 40
 """Trials in the table; of more, the best by the first objective."""
+
+
+def studies(results: Sequence[StudyResult]) -> RenderableType:
+    """One study after the other, under their names where there are several."""
+    if len(results) == 1:
+        return study(results[0])
+    parts: list[RenderableType] = []
+    for result in results:
+        parts += [Text(f"Study {result.name}", style="bold"), study(result), Text()]
+    return Group(*parts)
 
 
 def study(result: StudyResult) -> RenderableType:
@@ -29,6 +39,10 @@ def study(result: StudyResult) -> RenderableType:
         told = ", ".join(f"{name} {percent(share, 0)}" for name, share in shares.items())
         parts.append(Text(f"What {objective} hangs on: {told}"))
     parts.append(Text(_progress(result)))
+    by_number = {trial.number: trial for trial in result.trials}
+    if len(result.best) > 1:
+        parts += [Text(f"Best in {name}: trial {number}, {with_interval(name, by_number[number])}.")
+                  for name, number in result.best.items()]  # fmt: skip
     if result.recommended is not None:
         best = next(trial for trial in result.trials if trial.number == result.recommended)
         parts += [Text(f"Recommended: trial {best.number}, {result.recommended_by}."), Text(best.command)]
@@ -94,20 +108,30 @@ def value_of(name: str, value: float | None) -> str:
         return megabytes(int(value)) or "-"
     if name == "sparsity":
         return percent(value) or "-"
+    if "accuracy" in name:
+        return percent(value, 1) or "-"
     digits = 0 if abs(value) >= 10_000 else 2 if abs(value) >= 10 else 3
     return number(value, digits) or "-"
 
 
+def with_interval(name: str, trial: Trial) -> str:
+    """One value and its 95 % interval, where it has one."""
+    told, ends = value_of(name, trial.values.get(name)), trial.intervals.get(name)
+    return told + (f" [{value_of(name, ends[0])}, {value_of(name, ends[1])}]" if ends else "")
+
+
 def _finalists(result: StudyResult) -> Table:
+    quality = "accuracy" if any("accuracy" in trial.values for trial in result.finalists) else "perplexity"
     table = Table(show_edge=False, pad_edge=False)
-    for title in ("", "setting", "perplexity on test"):
+    shown = [quality, "accuracy_difference"] if quality == "accuracy" else [quality]
+    for title in ("", "setting", f"{quality} on test", *(["difference from dense"] if len(shown) > 1 else [])):
         table.add_column(title, justify="left" if title == "setting" else "right")
     for trial in result.baselines:
-        if (value := trial.values.get("test_perplexity")) is not None:
-            table.add_row("", Text(trial.name), value_of("perplexity", value))
+        if f"test_{quality}" in trial.values:
+            table.add_row("", Text(trial.name), with_interval(f"test_{quality}", trial))
     for trial in result.finalists:
-        row = value_of("perplexity", trial.values.get("perplexity"))
-        table.add_row(str(trial.number), Text(setting_of(trial)), row)
+        row = [with_interval(name, trial) for name in shown]
+        table.add_row(str(trial.number), Text(setting_of(trial)), *row)
     return table
 
 

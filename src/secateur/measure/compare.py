@@ -204,7 +204,7 @@ def measure_pair(
     speeds: tuple[list[float], list[float]] = ([], [])
     sides: list[Side] = []
     request = {"prompt_tokens": list(prompt_tokens), "new_tokens": new_tokens}
-    together = _both_fit(folders)
+    together = fit_together(folders)
 
     def open_one(folder: Path) -> Worker:
         return Worker(folder, dtype, device=device, threads=threads)
@@ -257,8 +257,8 @@ def _first_look(worker: Worker, request: dict[str, Any] | None, prompt: str | No
     return side
 
 
-def _both_fit(folders: Sequence[Path]) -> bool:
-    """Whether both models fit in the free memory at once, with a margin for activations and number formats."""
+def fit_together(folders: Sequence[Path]) -> bool:
+    """Whether models fit in the free memory at once, with a margin for activations and number formats."""
     import psutil
 
     needed = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))

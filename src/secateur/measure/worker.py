@@ -14,6 +14,8 @@ out on stdout; whatever libraries print goes to stderr.
         -> tokens (of all rows), seconds, prefill_seconds, new_tokens [..] (of the first row)
     {"op": "encode", "tokens": [..], "rows": 1}
         -> tokens, seconds
+    {"op": "read", "texts": [[..], ..], "batch": N, "padding": TOKEN}        (those of a batch padded to its longest)
+        -> texts, seconds
     {"op": "continue", "prompt": TEXT, "new_tokens": N, "chat": false}
         -> text
     {"op": "quit"}
@@ -72,6 +74,7 @@ class Server:
             "logits": self.logits,
             "decode": self.decode,
             "encode": self.encode,
+            "read": self.read,
             "continue": self.continue_text,
         }
         import torch
@@ -172,6 +175,24 @@ class Server:
         result = self.model(batch)
         float(next(value for value in result.values() if hasattr(value, "is_floating_point")).flatten()[0])
         return {"tokens": batch.numel(), "seconds": time.perf_counter() - start}
+
+    def read(self, texts: list[list[int]], batch: int, padding: int = 0) -> dict[str, Any]:
+        """One forward for every batch of texts, in their order."""
+        import torch
+
+        batches = []
+        for first in range(0, len(texts), batch):
+            part = texts[first : first + batch]
+            width = max(map(len, part))
+            ids = [tokens + [padding] * (width - len(tokens)) for tokens in part]
+            mask = [[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in part]
+            batches.append((torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)))
+        extra = {"use_cache": False} if self._accepts("use_cache") else {}
+        start = time.perf_counter()
+        for ids_of, mask_of in batches:
+            result = self.model(input_ids=ids_of, attention_mask=mask_of, **extra)
+            float(next(value for value in result.values() if hasattr(value, "is_floating_point")).flatten()[0])
+        return {"texts": len(texts), "seconds": time.perf_counter() - start}
 
     def continue_text(self, prompt: str, new_tokens: int, chat: bool = False) -> dict[str, Any]:
         """Greedy continuation of a text; the answer holds the new text only."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from secateur.report_result import Comparison, ReportModel, ReportResult
+from secateur.study_result import StudyResult
 
 _GAINS = (
     ("bytes_disk", "the bytes", "minimize"),
     ("decode_speedup", "the decoding speed", "maximize"),
+    ("sentences_speedup", "the speed one sentence at a time", "maximize"),
+    ("sentences_speedup_batch_32", "the speed at batch 32", "maximize"),
     ("flops_per_token", "the operations", "minimize"),
     ("joules_per_token", "the energy", "minimize"),
+    ("joules_per_thousand_sentences", "the energy", "minimize"),
 )
 
 
@@ -35,6 +39,36 @@ def answer(result: ReportResult, chosen: Sequence[int]) -> None:
         _take(result, comparison, number, how),
         _quantised(result, comparison, number),
     ]
+
+
+def fastest(found: Sequence[tuple[StudyResult, str, int]], models: Sequence[ReportModel]) -> list[str]:
+    """A sentence for each study that asked for speed: what was the fastest of the trials that meet its constraints.
+
+    Args:
+        found: the study, a value that is a multiple of the dense model's speed, and the number of the model.
+    """
+    told: dict[str, list[str]] = {}
+    for study, name, number in found:
+        model = models[number]
+        title = next(title for key, title, _ in _GAINS if key == name)
+        met = f" with {' and '.join(study.constraints)}" if study.constraints else ""
+        unpruned = [
+            other for other in models
+            if other.origin == model.origin and other.kind == "quantised" and other.meets is not False
+        ]  # fmt: skip
+        beside = [f"{other.name} without pruning {_times(other, name)}" for other in unpruned if name in other.values]
+        told.setdefault(f"Fastest trial of {study.name}{met}", []).append(
+            f"{model.name} with {_times(model, name)} {title} of the dense model"
+            + (f" ({', '.join(beside)})" if beside else "")
+        )
+    return [f"{start}: {'; '.join(parts)}." for start, parts in told.items()]
+
+
+def _times(model: ReportModel, name: str) -> str:
+    """A multiple of the dense model's value, with its interval, and whether it is beyond noise."""
+    ends = model.intervals.get(name)
+    span = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
+    return f"{model.values[name]:.2f} times{span}" + (", no difference shown," if name in model.unshown else "")
 
 
 def _choice(comparison: Comparison, models: Sequence[ReportModel]) -> tuple[int | None, str]:
@@ -83,7 +117,7 @@ def _gains(model: ReportModel, dense: ReportModel | None) -> list[tuple[str, boo
     found = []
     for name, title, better in _GAINS:
         own, base = model.values.get(name), None if dense is None else dense.values.get(name)
-        if name == "decode_speedup":
+        if "speedup" in name:
             base = 1.0
         if own is not None and base:
             ratio = own / base

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.bench_result import BenchResult, Quantities
 from secateur.errors import UsageError
-from secateur.pages.answer import answer
+from secateur.pages.answer import answer, fastest
 from secateur.pages.blocks import block_map
 from secateur.pages.commands import command_of, settings_of
 from secateur.pages.fronts import draw_fronts, is_quality, quality_of
@@ -25,6 +25,13 @@ _COPIED = (
     "prefill_tokens_per_second", "decode_tokens_per_second", "decode_tokens_per_second_batch_8",
     "seconds_to_first_token", "joules_per_token", "grams_co2_per_token", "perplexity", "efficiency",
 )  # fmt: skip
+SPEEDUPS = {
+    "decode_tokens_per_second": "decode_speedup", "sentences_per_second": "sentences_speedup",
+    "sentences_per_second_batch_32": "sentences_speedup_batch_32",
+}  # fmt: skip
+"""Value of a model -> what it is called as a multiple of the dense model's."""
+PLACEMENT_NOISE = 0.03
+"""Two processes with the very same file differ by so much; `secateur.measure.compare` says why."""
 DENSE_FORMATS = ("float32", "torch.float32")
 
 
@@ -59,6 +66,7 @@ class Collector:
         self.result = ReportResult([], None, "", [each.name for each in inputs])
         self._sources: list[_Source] = []
         self._chosen: list[int] = []  # what studies recommend
+        self._fastest: list[tuple[StudyResult, str, int]] = []
         self._sparsity: dict[int, Mapping[str, float]] = {}
         self._folders = {each.folder.resolve(): each for each in inputs if each.folder is not None}
         self._of_folder: dict[Path, int] = {}
@@ -94,6 +102,7 @@ class Collector:
         if any(sum(" test: " not in told for told in source.by_protocol) > 1 for source in self._sources):
             result.warnings.append("quality was measured in more than one way: only equal ways are drawn on one front")
         answer(result, self._chosen)
+        result.answer += fastest(self._fastest, result.models)
         self._draw_maps()
         return result
 
@@ -179,6 +188,8 @@ class Collector:
                         {"origin": name, "trial": _called(trial), "state": trial.state, "reason": trial.reason}
                     )
         tested = f"study {study.name}, test: {study.data.get('test') or 'its test text'}"
+        if study.finalists and study.baselines and (beside := _dense_on_test(name, study.baselines[0])) is not None:
+            self._add(source, tested, beside)
         for trial in study.finalists:
             model = self._trial(name, trial, dense, baseline=trial.number < 0)
             if trial.number in numbers:  # measured anew was the quality only
@@ -186,6 +197,11 @@ class Collector:
                 model.values = {**{k: v for k, v in known.items() if not is_quality(k)}, **model.values}
             model.name += ", on the test text"
             self._add(source, tested, model)
+        self._fastest += [
+            (study, title, numbers[study.best[name]])
+            for name, title in SPEEDUPS.items()
+            if study.best.get(name) in numbers
+        ]
         if study.recommended in numbers:
             self._chosen.append(numbers[study.recommended])
         elif study.recommended is not None:
@@ -205,8 +221,11 @@ class Collector:
         _relative_speed(values, dense)
         if trial.seconds is not None:
             values.setdefault("seconds", trial.seconds)
+        intervals = _intervals(trial, dense)
+        unshown = [name for name in SPEEDUPS.values() if name in intervals and not _differs(intervals[name])]
         return ReportModel(
-            _called(trial), kind, origin, values, trial.command, dict(trial.settings), trial.meets
+            _called(trial), kind, origin, values, trial.command, dict(trial.settings), trial.meets,
+            dict(trial.missing), unshown, intervals,
         )  # fmt: skip
 
     def _bench(self, name: str, bench: BenchResult) -> None:
@@ -304,7 +323,7 @@ def _names(model: str) -> set[str]:
 
 def _agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     """Whether two measurements of the dense model can be one: speeds differ from run to run and do not count."""
-    keys = ("perplexity", "bytes_disk", "parameters")
+    keys = ("perplexity", "accuracy", "bytes_disk", "parameters")
     return all(one[key] == other[key] for key in keys if key in one and key in other)
 
 
@@ -320,9 +339,37 @@ def _measured(side: Measured, dense: Measured | None) -> dict[str, float]:
 
 
 def _relative_speed(values: dict[str, float], dense: Mapping[str, float | None]) -> None:
-    own, base = values.get("decode_tokens_per_second"), dense.get("decode_tokens_per_second")
-    if own is not None and base:
-        values["decode_speedup"] = own / base
+    for name, title in SPEEDUPS.items():
+        own, base = values.get(name), dense.get(name)
+        if own is not None and base:
+            values[title] = own / base
+
+
+def _dense_on_test(origin: str, dense: Trial) -> ReportModel | None:
+    """The dense model as the finalists were measured, beside what does not hang on the text; None for older results."""
+    start = "test_"
+    values = {name: value for name, value in dense.values.items() if value is not None and not is_quality(name)}
+    found = {name.removeprefix(start): values.pop(name) for name in list(values) if name.startswith(start)}
+    if not found:
+        return None
+    ends = {name.removeprefix(start): span for name, span in dense.intervals.items() if name.startswith(start)}
+    _relative_speed(values, dense.values)
+    title = f"{dense.name}, on the test text"
+    return ReportModel(title, "dense", origin, {**found, **values}, dense.command, intervals=ends)
+
+
+def _intervals(trial: Trial, dense: Mapping[str, float | None]) -> dict[str, list[float]]:
+    """Those of a trial, and of its speeds as multiples of the dense model's."""
+    found = dict(trial.intervals)
+    for name, title in SPEEDUPS.items():
+        if name in found and (base := dense.get(name)):
+            found[title] = [end / base for end in found[name]]
+    return found
+
+
+def _differs(interval: Sequence[float]) -> bool:
+    """Whether a speed is beyond noise: its interval, and the placement of two models in memory."""
+    return interval[0] > 1 + PLACEMENT_NOISE or interval[1] < 1 - PLACEMENT_NOISE
 
 
 def _unshown(bench: BenchResult, entry: Quantities, dense: Quantities | None) -> list[str]:

@@ -21,6 +21,8 @@ class Axis:
     better: Better
     absent: str
     """Why no model may have it."""
+    of: Literal["any", "text", "labels"] = "any"
+    """Which models can have it: those that continue text, or those of a study of labelled texts."""
 
 
 AXES = (
@@ -31,6 +33,21 @@ AXES = (
         "maximize",
         "no input has the speed of a model and of its dense model: prune measures both unless --no-evaluate is given, "
         "secateur bench MODEL --against DENSE --json too",
+        "text",
+    ),
+    Axis(
+        "sentences_speedup",
+        "sentences a second one at a time, times those of the dense model in the same run",
+        "maximize",
+        "its study did not ask for sentences_per_second",
+        "labels",
+    ),
+    Axis(
+        "sentences_speedup_batch_32",
+        "sentences a second at batch 32, times those of the dense model in the same run",
+        "maximize",
+        "its study did not ask for sentences_per_second_batch_32",
+        "labels",
     ),
     Axis(
         "flops_per_token",
@@ -43,6 +60,14 @@ AXES = (
         "energy, joules for a token",
         "minimize",
         "no input has energy: secateur bench MODEL --json meters it where the machine has a meter",
+        "text",
+    ),
+    Axis(
+        "joules_per_thousand_sentences",
+        "energy, joules for a thousand sentences at batch 32",
+        "minimize",
+        "it was not metered",
+        "labels",
     ),
 )
 
@@ -88,9 +113,17 @@ def is_quality(name: str) -> bool:
     return name in ("perplexity", "nll_per_token") or name.startswith(("accuracy", "macro_f1"))
 
 
+def of_labels(comparison: Comparison) -> bool:
+    """Whether the labels of a study's texts judged its models: `evaluate` names a file in its accuracy."""
+    return comparison.quality == "accuracy"
+
+
 def draw_fronts(comparison: Comparison, models: Sequence[ReportModel]) -> None:
     """Fill in the fronts of a comparison, and for every axis without one the reason."""
+    left_out = "text" if of_labels(comparison) else "labels"
     for axis in AXES:
+        if axis.of == left_out:
+            continue
         both = [
             number
             for number in comparison.models

@@ -47,6 +47,10 @@ class Section:
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("sparsity", "sparsity"), ("zeros", "zeros of all"), ("bytes_disk", "bytes on disk"), ("parameters", "parameters"),
     ("bytes_resident", "resident bytes"), ("decode_speedup", "decoding, × dense"),
+    ("sentences_speedup", "sentences/s, × dense"), ("sentences_per_second", "sentences/s"),
+    ("sentences_speedup_batch_32", "sentences/s at batch 32, × dense"),
+    ("sentences_per_second_batch_32", "sentences/s at batch 32"),
+    ("joules_per_thousand_sentences", "joules/1,000 sentences"),
     ("decode_tokens_per_second", "decoding, tokens/s"), ("prefill_tokens_per_second", "prefill, tokens/s"),
     ("flops_per_token", "operations/token"), ("sparse_flops_per_token", "operations/token, zeros left out"),
     ("joules_per_token", "joules/token"), ("efficiency", "efficiency ratio"), ("seconds", "seconds to make"),
@@ -81,12 +85,19 @@ def _models(number: int, comparison: Comparison, result: ReportResult) -> Table:
     qualities = [n for n in dict.fromkeys(n for model in models for n in model.values)
                  if n in ("perplexity", "nll_per_token") or n.startswith(("accuracy", "macro_f1"))]  # fmt: skip
     chosen = [*((name, name) for name in qualities), *((name, title) for name, title in COLUMNS if name in has)]
-    columns = ["model", "kind", *(title for _, title in chosen)]
+    spans = {name for model in models for name in model.intervals if name in qualities or "speedup" in name}
+    columns = ["model", "kind"]
+    for name, title in chosen:
+        columns += [title, f"{title}, 95 %"] if name in spans else [title]
     judged = any(model.meets is not None for model in models)
-    rows: list[list[Cell]] = [
-        [m.name, m.kind, *(m.values.get(name) for name, _ in chosen), *([m.meets] if judged else []), m.command]
-        for m in models
-    ]
+    rows: list[list[Cell]] = []
+    for m in models:
+        cells: list[Cell] = [m.name, m.kind]
+        for name, title in chosen:
+            ends = m.intervals.get(name)
+            told = f"{shown(title, ends[0])} to {shown(title, ends[1])}" if ends else None
+            cells += [m.values.get(name), told] if name in spans else [m.values.get(name)]
+        rows.append([*cells, *([m.meets] if judged else []), m.command])
     columns += [*(["meets constraints"] if judged else []), "command"]
     return Table(f"models-{number}", "All models", columns, rows)
 
@@ -248,6 +259,6 @@ def shown(column: str, value: Cell) -> str:
         return f"{value:.1%}"
     if column == "parameters" or abs(value) >= 10_000:
         return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.4g}"
-    if column in ("perplexity", "decoding, × dense", "efficiency ratio"):
+    if column in ("perplexity", "efficiency ratio") or column.endswith("× dense"):
         return f"{value:,.2f}"
     return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from secateur.study.read import load_studies
     from secateur.study.run import run_study
     from secateur.study.status import study_status
 
-_HOMES = {"run_study": "secateur.study.run", "study_status": "secateur.study.status"}
+_HOMES = {
+    "load_studies": "secateur.study.read",
+    "run_study": "secateur.study.run",
+    "study_status": "secateur.study.status",
+}
 
-__all__ = ["run_study", "study_status"]
+__all__ = ["load_studies", "run_study", "study_status"]
 
 
 def __getattr__(name: str) -> Any:

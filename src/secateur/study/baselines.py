@@ -7,7 +7,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,15 @@ import torch
 
 from secateur.checkpoint.folder import OutputFolder
 from secateur.errors import SecateurError, UnsupportedModelError
-from secateur.measure.compare import Worker
 from secateur.measure.llama_cpp import INSTALL, PACKAGE, LlamaCpp, is_installed
 from secateur.measure.size import measure_size
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
 from secateur.study.command import command_line
 from secateur.study.flops import measure_flops
+from secateur.study.quality import Quality, Windows, dense_quality, quality
 from secateur.study.setup import Setup
-from secateur.study.share import Measuring, Quality, dense_quality, quality
-from secateur.study.stopping import exp
+from secateur.study.speed import NEW_TOKENS, dense_speed, trial_speed
 from secateur.study.store import Store
 from secateur.study.values import meets, violations
 from secateur.study_result import Trial
@@ -32,7 +31,6 @@ from secateur.verbs.bench_entries import QUANTISED, quantised
 from secateur.verbs.prune import prune
 
 ROUNDS = 6
-NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -41,9 +39,11 @@ class Dense:
 
     values: dict[str, float | None]
     first: float
-    """Nats per token on the first windows."""
+    """Badness on the first part of the texts; see `secateur.study.quality.Quality`."""
     seconds: float
     """What measuring its quality took, when it was measured."""
+    right: str
+    """Which labelled texts it has right."""
 
 
 def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter) -> Dense:
@@ -55,13 +55,15 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
         started = time.monotonic()
         reporter.stage("dense model", 1)
         found = dense_quality(
-            setup.source.folder, setup.sha256, setup.choice, first=first, device=setup.device, reporter=reporter
-        )
-        trial = _trial(-1, "dense", spec.model, found, setup.source.folder, setup)
+            setup.source.folder, setup.sha256, setup.exam("choice"), first=first, device=setup.device,
+            reporter=reporter,
+        )  # fmt: skip
+        trial = _trial(-1, "dense", setup.made_by or spec.model, found, setup.source.folder, setup, {}, reporter)
         _keep(store, trial, kept, started)
         spent = store.get("spent", {})
         store.put("spent", {**spent, "dense_quality_seconds": found.seconds})
         store.put("dense_first", found.first)
+        store.put("dense_right", found.right)
     for number, name in enumerate(spec.baselines, start=2):
         if name in known:
             continue
@@ -76,11 +78,11 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
             continue
         recipe = Recipe.from_dict({"method": "magnitude", "sparsity": 0.0, "dtype": name})
         folder = spec.out / f"baseline-{name}"
-        command = command_line(spec.model, recipe, None, folder.name, reads_text=False)
+        command = command_line(setup.model, recipe, None, folder.name, reads_text=False)
         OutputFolder(folder, overwrite=True)
-        prune(spec.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
-        measured = quality(folder, setup.choice, first=first, device=setup.device, reporter=reporter)
-        trial = _trial(-number, name, command, measured, folder, setup)
+        prune(setup.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
+        measured = quality(folder, setup.exam("choice"), first=first, device=setup.device, reporter=reporter)
+        trial = _trial(-number, name, command, measured, folder, setup, kept[0].values, reporter)
         trial.meets = _meets(trial, kept, setup)
         _keep(store, trial, kept, started)
         if spec.keep != "all":
@@ -88,7 +90,7 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
     dense_trial = next(one for one in kept if one.name == "dense")
     return Dense(
         dense_trial.values, float(store.get("dense_first")),
-        float(store.get("spent", {}).get("dense_quality_seconds", 0.0)),
+        float(store.get("spent", {}).get("dense_quality_seconds", 0.0)), store.get("dense_right", ""),
     )  # fmt: skip
 
 
@@ -106,12 +108,10 @@ def _quantised(number: int, name: str, setup: Setup, first: int, reporter: Repor
             reporter.warn(f"baseline {name} is left out: {why}")
             return None
         model = entry.float32_model(setup.device)
-        found = Measuring(model, setup.choice, first, reporter).all()
+        found = Windows(model, setup.cut["choice"], first, reporter).all()
         del model
-        perplexity = exp(found.nll)
         values: dict[str, float | None] = {
-            "perplexity": perplexity if perplexity < float("inf") else None,
-            "nll_per_token": found.nll,
+            **found.values,
             "bytes_disk": entry.file.stat().st_size,
             **measure_flops(setup.source.folder, {})[0],
         }
@@ -128,9 +128,9 @@ def _quantised(number: int, name: str, setup: Setup, first: int, reporter: Repor
 def _decode_in_llama_cpp(file: Path, setup: Setup) -> float:
     if not is_installed():
         raise UnsupportedModelError(f"{PACKAGE} is not installed", hint=INSTALL)
-    context = len(setup.prompt) + NEW_TOKENS + 16
+    context = len(setup.load["prompt"]) + NEW_TOKENS + 16
     with LlamaCpp(file, context=context, threads=torch.get_num_threads(), exact=False) as worker:
-        request = {"tokens": setup.prompt, "new_tokens": NEW_TOKENS, "runs": 1}
+        request = {"tokens": setup.load["prompt"], "new_tokens": NEW_TOKENS, "runs": 1}
         worker.ask("speed", **request)
         answers = [worker.ask("speed", **request)["decode_tokens_per_second"] for _ in range(ROUNDS)]
     return float(statistics.median(answers))
@@ -145,39 +145,31 @@ def _keep(store: Store, trial: Trial, kept: list[Trial], started: float) -> None
     store.put("spent", {**spent, "baseline_seconds": before + trial.seconds})
 
 
-def _trial(number: int, name: str, command: str, found: Quality, folder: Path, setup: Setup) -> Trial:
-    """One baseline with everything that is measured of a trial."""
+def _trial(
+    number: int, name: str, command: str, found: Quality, folder: Path, setup: Setup,
+    dense: Mapping[str, float | None], reporter: Reporter,
+) -> Trial:  # fmt: skip
+    """One baseline with everything that is measured of a trial; ``dense`` is empty for the dense model itself."""
     size = measure_size(folder, keys=setup.prunable)
     total = sum(setup.prunable.values())
-    perplexity = exp(found.nll)
     values: dict[str, float | None] = {
-        "perplexity": perplexity if perplexity < float("inf") else None,
-        "nll_per_token": found.nll,
+        **found.values,
         "bytes_disk": size.bytes_disk,
         "parameters": size.parameters,
         "nonzero": size.nonzero,
         "sparsity": size.zeros_of_keys / total if total else 0.0,
     }
     counted, missing = measure_flops(folder, {})
-    values |= counted
-    if "decode_tokens_per_second" in setup.spec.wanted:
-        try:
-            values["decode_tokens_per_second"] = _decode(folder, setup)
-        except SecateurError as error:
-            values["decode_tokens_per_second"] = None
-            missing["decode_tokens_per_second"] = error.message
-    trial = Trial(number, "complete", {}, command, values, name=name, missing=missing)
-    trial.meets = meets(violations(setup.spec.constraints, values, values)) if name == "dense" else None
+    trial = Trial(number, "complete", {}, command, values | counted, name=name, missing=missing)
+    trial.intervals |= {key: list(ends) for key, ends in found.intervals.items()}
+    if setup.speed is not None:
+        if name == "dense":
+            speed = dense_speed(setup.speed, folder, setup.device, reporter)
+        else:
+            speed = trial_speed(setup.speed, setup.source.folder, folder, dense, setup.device, reporter)
+        trial.values |= speed.values
+        trial.intervals |= speed.intervals
+        trial.missing |= speed.missing
+    if name == "dense":
+        trial.meets = meets(violations(setup.spec.constraints, trial.values, trial.values))
     return trial
-
-
-def _decode(folder: Path, setup: Setup) -> float:
-    """Tokens per second of greedy decoding, as trials are measured: the median of some rounds after one to warm up."""
-    from secateur.engine.device import resolve_device
-
-    with Worker(folder, device=str(resolve_device(setup.device))) as worker:
-        request = {"prompt_tokens": setup.prompt, "new_tokens": NEW_TOKENS}
-        worker.ask("decode", **request)
-        answers = [worker.ask("decode", **request) for _ in range(ROUNDS)]
-    speeds: list[float] = [answer["tokens"] / answer["seconds"] for answer in answers]
-    return statistics.median(speeds)

@@ -8,18 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from secateur.progress import Recorder
+from secateur.study.quality import Quality, dense_quality, difference, quality
 from secateur.study.setup import Setup
-from secateur.study.share import Quality, dense_quality, load_windows, quality
 from secateur.study.status import finalists_now
-from secateur.study.stopping import exp
 from secateur.study.store import Store
 from secateur.study.trial import Outcome, Task, make_model, remove_models
 from secateur.study_result import Trial
 
 
-def measure_finalists(
-    setup: Setup, store: Store, task_of: Callable[..., Task], windows: Path, first: int, reporter: Recorder
-) -> None:
+def measure_finalists(setup: Setup, store: Store, task_of: Callable[..., Task], first: int, reporter: Recorder) -> None:
     """Measure the finalists, and the dense model beside them, on the test text.
 
     Which they are is written down before the first of them sees it, and each figure as soon as it is there: a run that
@@ -30,16 +27,19 @@ def measure_finalists(
     if chosen is None:
         chosen = finalists_now(store, setup.spec.finalists)
         store.put("chosen", chosen)
-    test = load_windows(windows)["test"]
+    test = setup.exam("test")
     baselines = [Trial(**one) for one in store.get("baselines")]
     done = [Trial(**one) for one in store.get("finalists", [])]
     trials = {trial.number: trial for trial in store.trials()}
     reporter.stage("finalists on the test text", len(chosen))
-    if "test_perplexity" not in baselines[0].values:
+    dense = baselines[0]
+    if not any(name.startswith("test_") for name in dense.values):
         found = dense_quality(
             setup.source.folder, setup.sha256, test, first=first, device=setup.device, reporter=Recorder()
         )
-        baselines[0].values |= {"test_perplexity": _finite(found), "test_nll_per_token": found.nll}
+        dense.values |= {f"test_{name}": value for name, value in found.values.items()}
+        dense.intervals |= {f"test_{name}": list(ends) for name, ends in found.intervals.items()}
+        store.put("dense_right_test", found.right)
         store.put("baselines", [one.to_dict() for one in baselines])
     for number in chosen:
         if number in {trial.number for trial in done}:
@@ -52,8 +52,7 @@ def measure_finalists(
             make_model(task, Outcome("complete"), Recorder())
             store.keep_model(number, task.out)
         found = quality(folder, test, first=first, device=setup.device)
-        values = {**trial.values, "perplexity": _finite(found), "nll_per_token": found.nll}
-        done.append(dataclasses.replace(trial, values=values, out=str(folder)))
+        done.append(_tested(trial, found, store.get("dense_right_test", ""), str(folder)))
         store.put("finalists", [one.to_dict() for one in done])
         reporter.advance(f"trial {number}")
     if setup.spec.keep != "all":
@@ -66,6 +65,9 @@ def measure_finalists(
     store.put("spent", {**spent, "finalist_seconds": before + time.monotonic() - started})
 
 
-def _finite(found: Quality) -> float | None:
-    value = exp(found.nll)
-    return value if value < float("inf") else None
+def _tested(trial: Trial, found: Quality, dense_right: str, out: str) -> Trial:
+    """A trial with its quality on the test text in the place of that on the choice text."""
+    values, intervals = {**trial.values, **found.values}, {**trial.intervals, **found.intervals}
+    if dense_right:
+        values["accuracy_difference"], intervals["accuracy_difference"] = difference(found.right, dense_right)
+    return dataclasses.replace(trial, values=values, intervals=intervals, out=out)

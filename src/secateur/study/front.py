@@ -25,6 +25,15 @@ def points_of(trials: Sequence[Trial], objectives: Mapping[str, Direction]) -> d
     return found
 
 
+def best_of(points: Points, objectives: Mapping[str, Direction]) -> dict[str, int]:
+    """Objective -> number of the best trial in it; of equal ones the first."""
+    return {
+        name: min(points, key=lambda number, at=at: (points[number][at], number))  # type: ignore[misc]
+        for at, name in enumerate(objectives)
+        if points
+    }
+
+
 def dominates(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether one is nowhere worse and somewhere better; less is better."""
     return all(a <= b for a, b in zip(one, other, strict=True)) and any(a < b for a, b in zip(one, other, strict=True))

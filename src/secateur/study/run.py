@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,20 @@ from typing import Any
 from secateur.budgets import parse_size
 from secateur.errors import Interrupted, StudyError
 from secateur.progress import Recorder, Reporter
+from secateur.study.base import with_base, write_texts
 from secateur.study.baselines import measure_baselines
 from secateur.study.clock import Clock
 from secateur.study.command import command_line
 from secateur.study.finals import measure_finalists
+from secateur.study.read import LOOKED_AT, load_study
 from secateur.study.setup import Setup, set_up, windows_folder
-from secateur.study.share import evict, pruned_name, save_windows
+from secateur.study.share import evict, pruned_name
 from secateur.study.space import Values
-from secateur.study.spec import StudySpec, load_study
+from secateur.study.spec import StudySpec
 from secateur.study.status import finalists_now, result_of, write_result
 from secateur.study.stopping import Bar, limits_of
 from secateur.study.store import MOST_TRIES, Store, import_optuna
-from secateur.study.trial import FEW_WINDOWS, Outcome, Task, remove_models
+from secateur.study.trial import Outcome, Task, remove_models
 from secateur.study.values import COSTLY, QUALITY, check_constraints, meets, violations
 from secateur.study.workers import Cluster, Died, Inline, Pool, Processes
 from secateur.study_result import StudyResult, Trial
@@ -69,11 +72,11 @@ class _Run:
     def __init__(self, setup: Setup, store: Store, reporter: Recorder) -> None:
         self.setup, self.spec, self.store, self.reporter = setup, setup.spec, store, reporter
         self._clock = Clock(setup.spec, store)
-        self._windows = Path()
         self._tasks: dict[int, Task] = {}
         self._recent: list[str] = []
         self._dense: dict[str, float | None] = {}
         self._dense_first = 0.0
+        self._dense_right = ""
         self._grid: Iterator[dict[str, Any]] | None = None
         self._spans: dict[str, Values] = {}
         self._exhausted = False
@@ -82,12 +85,13 @@ class _Run:
         """Everything that is still to be done."""
         if self.store.get("finished", False):
             return self._over()
-        self._windows = save_windows(windows_folder(self.spec), self.setup.choice, self.setup.test)
+        write_texts(self.setup)
         self._describe()
         pool: Pool | None = None
         try:
+            self._make_base()
             dense = measure_baselines(self.setup, self.store, self._first, self.reporter)
-            self._dense, self._dense_first = dense.values, dense.first
+            self._dense, self._dense_first, self._dense_right = dense.values, dense.first, dense.right
             self._clock.dense_seconds = dense.seconds
             self._clock.keep()
             check_constraints(self.spec.constraints, self.setup.reach, self._dense)
@@ -99,7 +103,7 @@ class _Run:
                                            "trials_at_once": pool.capacity})  # fmt: skip
                 self._search(pool)
                 pool.close()
-            measure_finalists(self.setup, self.store, self._task_of, self._windows, self._first, self.reporter)
+            measure_finalists(self.setup, self.store, self._task_of, self._first, self.reporter)
         except (KeyboardInterrupt, Interrupted):
             if pool is not None:
                 pool.close()
@@ -118,6 +122,14 @@ class _Run:
         self.store.put("finished", True)
         shutil.rmtree(windows_folder(self.spec), ignore_errors=True)
         return self._write()
+
+    def _make_base(self) -> None:
+        """The classifier that all trials start from, where the model is to become one; its time is the baselines'."""
+        started = time.monotonic()
+        self.setup = with_base(self.setup, self.reporter)
+        spent = self.store.get("spent", {})
+        before = float(spent.get("baseline_seconds", 0.0))
+        self.store.put("spent", {**spent, "baseline_seconds": before + time.monotonic() - started})
 
     def _over(self) -> StudyResult:
         """A finished study stays as it is: its test text was used."""
@@ -152,7 +164,7 @@ class _Run:
 
     @property
     def _first(self) -> int:
-        return self.spec.stop.evaluate if self.spec.stop is not None else FEW_WINDOWS
+        return self.spec.stop.evaluate if self.spec.stop is not None else LOOKED_AT[self.spec.task]
 
     def _check_measured(self) -> None:
         """Refuse objectives and constraints that even the dense model has no value of.
@@ -173,10 +185,8 @@ class _Run:
             asked = self.spec.resources
             memory = None if asked.memory is None else parse_size(asked.memory)
             return Cluster(ray, cpus=asked.cpus, gpus=asked.gpus, memory=memory)
-        if workers > 1 and "decode_tokens_per_second" in self.spec.wanted:
-            self.reporter.warn(
-                "decoding speed is measured while other workers compute: take one worker for exact figures"
-            )
+        if workers > 1 and self.setup.speed is not None:
+            self.reporter.warn("speed is measured while other workers compute: take one worker for exact figures")
         return Processes(workers) if workers > 1 else Inline(self.reporter)
 
     def _counted(self) -> int:
@@ -245,7 +255,7 @@ class _Run:
         task = self._task_of(trial, threads=pool.threads)
         recipe, reads_text = self.setup.recipe(trial.settings)
         command = command_line(
-            self.spec.model, recipe, self.spec.training(trial.settings), Path(task.out).name, reads_text=reads_text
+            self.setup.model, recipe, self.spec.training(trial.settings), Path(task.out).name, reads_text=reads_text
         )
         if tries >= MOST_TRIES:
             how = self.store.told(number, "died") or "the process that ran it was killed"
@@ -265,12 +275,11 @@ class _Run:
         if several and threads is not None:
             name = str(windows_folder(spec) / pruned_name(setup.sha256, recipe, threads))
         return Task(
-            number=trial.number, model=spec.model, dense=str(setup.source.folder), recipe=recipe.to_dict(),
+            number=trial.number, model=setup.model, dense=str(setup.source.folder), recipe=recipe.to_dict(),
             training=None if training is None else training.to_dict(), out=str(spec.out / f"trial-{trial.number:04d}"),
-            windows=str(self._windows), shared=name,
-            speed="decode_tokens_per_second" in spec.wanted, device=setup.device,
+            choice=str(setup.exam("choice")), shared=name, device=setup.device,
             bar=dataclasses.asdict(self._bar(trial)) if bar and spec.stop is not None else None,
-            prompt=tuple(setup.prompt), dense_speed=self._dense.get("decode_tokens_per_second"), first=self._first,
+            load=setup.speed, known=self._dense, dense_right=self._dense_right, first=self._first,
         )  # fmt: skip
 
     def _bar(self, trial: Trial) -> Bar:
@@ -286,7 +295,7 @@ class _Run:
         return Bar(
             windows=self.spec.stop.evaluate, factor=self.spec.stop.factor,
             limits=limits_of(self.spec.constraints, self._dense, self._dense_first), rivals=rivals, objectives=others,
-            rivalry=any(name in QUALITY for name in self.spec.objectives),
+            rivalry=any(name in QUALITY for name in self.spec.objectives), labels=self.spec.task == "labels",
         )  # fmt: skip
 
     def _ended(self, number: int, outcome: Outcome) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from secateur.checkpoint.check import check_model_folder, hash_folder
 from secateur.checkpoint.reader import CheckpointReader
@@ -19,18 +20,24 @@ from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
 from secateur.engine.device import parse_dtype
 from secateur.engine.skeleton import build_skeleton
-from secateur.errors import CalibrationError, UnsupportedModelError
+from secateur.errors import CalibrationError, StudyError, UnsupportedModelError
+from secateur.measure.classify import check_classifier
+from secateur.measure.texts import tokenise
 from secateur.plugins import ExpertCriterion, Method, check_chooser, make_chooser
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
+from secateur.study.quality import save_windows
+from secateur.study.read import ACCURACY
 from secateur.study.space import NONE
 from secateur.study.spec import StudySpec
-from secateur.study.texts import Texts, read_texts
-from secateur.study.values import Reach, check_constraints
+from secateur.study.speed import SENTENCES, Load
+from secateur.study.texts import Texts, read_examples, read_texts
+from secateur.study.values import SPEED, Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.evaluate import has_language_head
+from secateur.verbs.teacher import is_classifier
 
-LENGTH = 1024
+LENGTH = {"language": 1024, "labels": 128}
 """Tokens in a window unless the study says otherwise."""
 
 
@@ -43,15 +50,18 @@ class Setup:
     sha256: str
     texts: Texts
     length: int
-    choice: torch.Tensor
-    """(count, length) int64 token ids."""
-    test: torch.Tensor
-    prompt: list[int]
-    """Token ids that decoding speed is measured after."""
+    cut: dict[str, torch.Tensor]
+    """Windows of choice and test, (count, length) int64 token ids; nothing where texts are labelled."""
+    load: Load
+    """What speed is measured on."""
+    model: str
+    """What `prune` is given: the model of the study, or the folder of the classifier that was made of it."""
     prunable: dict[str, int]
     """Checkpoint key -> number of weights of every prunable tensor."""
     reach: dict[str, Reach]
     """Quantity -> the least and the most that the space can give."""
+    made_by: str = ""
+    """The command that made the dense model, where the study has made it."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -60,6 +70,17 @@ class Setup:
             **self.spec.identity, "model_sha256": self.sha256, "texts_sha256": self.texts.digests,
             "sequence_length": self.length,
         }  # fmt: skip
+
+    def exam(self, name: str) -> Path:
+        """The file of what is measured on, choice or test, as `secateur.study.quality.measuring` takes it."""
+        if self.texts.labelled:
+            return self.spec.texts_folder / f"{name}.jsonl"
+        return save_windows(windows_folder(self.spec), name, self.cut[name])
+
+    @property
+    def speed(self) -> Load | None:
+        """What speed is measured on; None when the study does not ask for it."""
+        return self.load if self.spec.wanted & {*SPEED} else None
 
     @property
     def device(self) -> str:
@@ -91,39 +112,96 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
     Raises:
         SecateurError: for whatever would make the study, or all trials of a setting, impossible.
     """
-    texts = read_texts(spec)
+    texts = read_texts(spec) if spec.task == "language" else None
     source = open_source(spec.model, reporter=reporter)
     check_model_folder(source.folder)
     skeleton = build_skeleton(source.folder)
-    decodes = skeleton.can_generate() and not skeleton.config.is_encoder_decoder
-    if not (decodes and has_language_head(skeleton)):
+    if texts is None:
+        texts = read_examples(spec, _classes(spec, skeleton))
+        _check_labels(spec, texts, skeleton)
+    elif not (skeleton.can_generate() and not skeleton.config.is_encoder_decoder and has_language_head(skeleton)):
         raise UnsupportedModelError(
-            f"{type(skeleton).__name__} has no next-token logits: studies compare perplexity yet",
-            hint="take a decoder-only language model",
+            f"{type(skeleton).__name__} has no next-token logits, so there is no perplexity to compare",
+            hint="take a decoder-only language model, or give labelled texts with task: labels",
         )
     _check_settings(spec)
-    length = window_length(spec.data.sequence_length, skeleton, LENGTH)
+    length = window_length(spec.data.sequence_length, skeleton, LENGTH[spec.task])
     tokenizer = load_tokenizer(source.folder)
-    cut = {}
-    for name, text in (("choice", texts.choice), ("test", texts.test)):
-        cut[name] = windows(text.text, tokenizer, length)[: spec.data.windows]
-        if len(cut[name]) < spec.data.windows:
-            reporter.warn(f"{text.origin} fills {len(cut[name])} windows of {length} tokens: {name} has no more")
     _check_calibration(spec, texts, tokenizer, length)
-    prompt = tokenizer(DEFAULT_PROMPT, add_special_tokens=False)["input_ids"]
+    cut: dict[str, torch.Tensor] = {}
+    if spec.task == "language":
+        for name, text in (("choice", texts.choice), ("test", texts.test)):
+            cut[name] = windows(text.text, tokenizer, length)[: spec.data.windows]
+            if len(cut[name]) < spec.data.windows:
+                reporter.warn(f"{text.origin} fills {len(cut[name])} windows of {length} tokens: {name} has no more")
+        load: Load = {"prompt": tokenizer(DEFAULT_PROMPT, add_special_tokens=False)["input_ids"]}
+    else:
+        few = texts.labelled["choice"].texts[:SENTENCES]
+        made = tokenise(skeleton, tokenizer, few, limit=None, name="choice")
+        known = (skeleton.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        load = {"sentences": made.sequences, "padding": next((one for one in known if one is not None), 0)}
+    return Setup(
+        spec=spec, texts=texts, length=length, cut=cut, load=load, model=spec.model, **open_model(spec, source)
+    )
+
+
+def open_model(spec: StudySpec, source: Source) -> dict[str, Any]:
+    """What a study needs to know of its dense model, as fields of `Setup`.
+
+    Raises:
+        StudyError: when its shapes say that no trial can meet a constraint.
+    """
+    skeleton = build_skeleton(source.folder)
     with CheckpointReader(source.folder) as reader:
         names = [matrix.name for matrix in find_structure(skeleton).matrices]
         prunable = {key: reader.info(key).numel for key in Binding(skeleton, reader.keys).keys_of(names)}
         reach = _reach(spec, reader, prunable)
     check_constraints(spec.constraints, reach, {})
-    return Setup(
-        spec, source, hash_folder(source.folder), texts, length, cut["choice"], cut["test"], prompt, prunable, reach
-    )  # fmt: skip
+    return {"source": source, "sha256": hash_folder(source.folder), "prunable": prunable, "reach": reach}
+
+
+def _classes(spec: StudySpec, skeleton: transformers.PreTrainedModel) -> list[str] | None:
+    """The names of the classes that a classifier has; None for a model that is to become one.
+
+    Raises:
+        UnsupportedModelError: for a model that is no text classifier and cannot become one.
+    """
+    name = type(skeleton).__name__
+    if is_classifier(skeleton):
+        check_classifier(skeleton, "data: choice")
+        return [skeleton.config.id2label[number] for number in sorted(skeleton.config.id2label)]
+    if spec.fine_tune is None:
+        raise UnsupportedModelError(
+            f"{name} is no text classifier", hint="say how it becomes one, for example fine-tune: {epochs: 2}"
+        )
+    known = type(skeleton.config) in transformers.AutoModelForSequenceClassification._model_mapping
+    if not known or skeleton.config.is_encoder_decoder or skeleton.main_input_name != "input_ids":
+        raise UnsupportedModelError(
+            f"{name} has no class with a head for labels that can be fine-tuned", hint="take an encoder or a decoder"
+        )
+    return None
+
+
+def _check_labels(spec: StudySpec, texts: Texts, skeleton: transformers.PreTrainedModel) -> None:
+    """Refuse labelled texts that cannot be learned or measured as the study asks."""
+    names, count = texts.labelled["calibration"].names, len(texts.labelled["choice"].texts)
+    if not is_classifier(skeleton) and len(names) < 2:
+        raise CalibrationError(
+            f"{texts.calibration.origin}: all texts have one label, there is nothing to choose",
+            hint="give texts of two or more classes",
+        )
+    if spec.stop is not None and spec.stop.evaluate > count:
+        raise StudyError(
+            f"stop looks at {spec.stop.evaluate} texts first, and choice has {count} in all",
+            hint="give stop: evaluate a smaller number",
+        )
 
 
 def _check_calibration(spec: StudySpec, texts: Texts, tokenizer: Any, length: int) -> None:
     try:
-        windows(texts.calibration.text, tokenizer, length, spec.data.samples)
+        labelled = texts.labelled.get("calibration")
+        text = texts.calibration.text if labelled is None else "\n\n".join(labelled.texts)  # as prune reads JSONL
+        windows(text, tokenizer, length, spec.data.samples)
     except CalibrationError as error:
         raise CalibrationError(
             f"data: calibration: {error.message}", hint="give a longer text, or fewer samples"
@@ -170,6 +248,7 @@ def _reach(spec: StudySpec, reader: CheckpointReader, prunable: Mapping[str, int
         "nonzero": Reach(max(0, math.floor(total - 1.05 * most * max(single, total * (1 - smallest)))), total,
                          "sparsities of the space"),
         "sparsity": Reach(0.0, 1.0, ""),
+        "accuracy": ACCURACY,
     }  # fmt: skip
 
 

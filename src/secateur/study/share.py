@@ -1,4 +1,4 @@
-"""What the trials of a study share, made once and named by content: windows, pruned models, dense measurements
+"""Pruned models that several trials may take: made once, named by content, removed when nobody needs them
 
 Nothing here changes a result. A pruned model is shared only by trials whose recipe is the same in every field;
 statistics of calibration text are not: what a matrix sees depends on how the matrices before it were pruned.
@@ -6,7 +6,6 @@ statistics of calibration text are not: what a matrix sees depends on how the ma
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,103 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
-from secateur.checkpoint.cache import cache_folder
 from secateur.checkpoint.locks import take_lock
-from secateur.measure.model import load_model
-from secateur.measure.perplexity import perplexity
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
-from secateur.result import RESULT_FILE, write_json
-from secateur.verbs.provenance import versions
+from secateur.result import RESULT_FILE
+from secateur.study.quality import key_of
 from secateur.verbs.prune import prune
 
 KEPT = 2
 """Pruned models that stay after their last use, in case the next trial wants one."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """Nats per token on a text, and on its first windows alone."""
-
-    nll: float
-    first: float
-    tokens: int
-    seconds: float
-    shared: bool = False
-
-
-def save_windows(folder: Path, choice: torch.Tensor, test: torch.Tensor) -> Path:
-    """Put the windows of both texts, (count, length) int64 each, where all trials find them."""
-    digest = hashlib.sha256(choice.numpy().tobytes() + test.numpy().tobytes()).hexdigest()[:16]
-    path = folder / f"windows-{digest}.safetensors"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"choice": choice.contiguous(), "test": test.clone()}, partial)
-        partial.replace(path)
-    return path
-
-
-def quality(
-    folder: Path, windows: torch.Tensor, *, first: int, device: str = "auto", reporter: Reporter | None = None
-) -> Quality:
-    """Measure a folder on all windows; ``first`` of them are also told apart."""
-    model = load_model(folder, device=device)
-    return Measuring(model, windows, first, reporter).all()
-
-
-class Measuring:
-    """One model on one text: the first windows, and the others when they are wanted; no window is run twice."""
-
-    def __init__(self, model: Any, windows: torch.Tensor, first: int, reporter: Reporter | None = None) -> None:
-        self._model, self._windows, self._first = model, windows, min(first, len(windows))
-        self._reporter = reporter
-        self._begun: tuple[float, float] | None = None
-
-    def first(self) -> float:
-        """Nats per token on the first windows."""
-        if self._begun is None:
-            found = perplexity(self._model, self._windows[: self._first], reporter=self._reporter)
-            self._begun = found.nll_per_token, found.seconds
-        return self._begun[0]
-
-    def all(self) -> Quality:
-        """Nats per token on all windows: the mean over them, as each predicts as many tokens."""
-        first = self.first()
-        assert self._begun is not None
-        nll, seconds, count = first, self._begun[1], len(self._windows)
-        if count > self._first:
-            rest = perplexity(self._model, self._windows[self._first :], reporter=self._reporter)
-            nll = (self._first * first + (count - self._first) * rest.nll_per_token) / count
-            seconds += rest.seconds
-        return Quality(nll, first, count * (self._windows.shape[1] - 1), seconds)
-
-
-def dense_quality(
-    folder: Path, sha256: str, windows: torch.Tensor, *, first: int, device: str, reporter: Reporter
-) -> Quality:
-    """The same of the dense model, measured once for all studies that ask for the same."""
-    key = _key(
-        weights=sha256, config=hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(), first=first,
-        windows=hashlib.sha256(windows.numpy().tobytes()).hexdigest(), shape=list(windows.shape), device=device,
-        threads=torch.get_num_threads(),
-    )  # fmt: skip
-    path = cache_folder() / "dense" / f"{key}.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return Quality(**{**found, "shared": True})
-    except (OSError, ValueError, TypeError):
-        pass  # not measured yet, or not by this version
-    made = quality(folder, windows, first=first, device=device, reporter=reporter)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"nll": made.nll, "first": made.first, "tokens": made.tokens, "seconds": made.seconds})
-    except OSError as error:
-        reporter.warn(f"the dense model's quality was not kept for other studies: {error.strerror}")
-    return made
 
 
 @dataclass(frozen=True)
@@ -146,7 +57,7 @@ def pruned_once(folder: Path, model: str, recipe: Recipe, reporter: Reporter) ->
 
 def pruned_name(sha256: str, recipe: Recipe, threads: int) -> str:
     """The folder of a shared pruned model, by everything that changes a bit of it."""
-    return f"pruned-{_key(weights=sha256, recipe=recipe.to_dict(), threads=threads)}"
+    return f"pruned-{key_of(weights=sha256, recipe=recipe.to_dict(), threads=threads)}"
 
 
 def evict(shared: Path, needed: Collection[str], recent: list[str]) -> None:
@@ -171,14 +82,3 @@ def link_copy(source: Path, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=link)
     partial.rename(target)
-
-
-def load_windows(path: Path) -> dict[str, torch.Tensor]:
-    """Windows of ``choice`` and ``test``."""
-    found: dict[str, torch.Tensor] = load_file(path)
-    return found
-
-
-def _key(**parts: Any) -> str:
-    told = {**parts, "versions": versions()}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]

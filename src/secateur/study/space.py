@@ -292,15 +292,7 @@ def _recoveries(data: Any, where: str) -> dict[str, Mapping[str, Any] | None]:
         if one is None or one == NONE:
             label, fields = NONE, None
         elif isinstance(one, Mapping):
-            fields = {str(key).replace("-", "_"): value for key, value in one.items()}
-            try:
-                Training.from_dict(fields)
-            except TypeError as error:
-                raise StudyError(f"{where}: recovery {dict(one)} has a value of a wrong kind: {error}") from None
-            except UnknownNameError:
-                raise
-            except UsageError as error:
-                raise StudyError(f"{where}: recovery: {error.message}", hint=error.hint) from None
+            fields = read_training(one, f"{where}: recovery")
             label = ", ".join(f"{key} {value}" for key, value in fields.items()) or "defaults"
         else:
             raise StudyError(
@@ -310,3 +302,22 @@ def _recoveries(data: Any, where: str) -> dict[str, Mapping[str, Any] | None]:
             raise StudyError(f"{where}: recovery names one twice: {label}")
         found[label] = fields
     return found
+
+
+def read_training(data: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Settings of `recover` as they were written, dashes in names as underscores.
+
+    Raises:
+        StudyError: for settings that `recover` refuses.
+        UnknownNameError: for an unknown setting; the nearest is suggested.
+    """
+    fields = {str(key).replace("-", "_"): value for key, value in data.items()}
+    try:
+        Training.from_dict(fields)
+    except TypeError as error:
+        raise StudyError(f"{where} {dict(data)} has a value of a wrong kind: {error}") from None
+    except UnknownNameError:
+        raise
+    except UsageError as error:
+        raise StudyError(f"{where}: {error.message}", hint=error.hint) from None
+    return fields

@@ -9,8 +9,8 @@ from typing import Any
 
 from secateur.errors import RunError, StudyError
 from secateur.result import write_json
-from secateur.study.front import finalists_of, front_of, how_recommended, knee_of, points_of
-from secateur.study.spec import BUILTIN, load_study
+from secateur.study.front import best_of, finalists_of, front_of, how_recommended, knee_of, points_of
+from secateur.study.read import is_file_of_study, load_study
 from secateur.study.store import Store
 from secateur.study_result import StudyResult, Trial
 
@@ -28,7 +28,7 @@ def study_status(study: str | Path) -> StudyResult:
         StudyError: when there is no such storage, or it holds no study of secateur.
     """
     path = Path(study).expanduser()
-    if str(study) in BUILTIN or path.suffix in (".yaml", ".yml"):
+    if is_file_of_study(study):
         path = load_study(study).storage
     store = Store.read(path)
     try:
@@ -91,6 +91,7 @@ def result_of(store: Store, *, importances: bool = True) -> StudyResult:
         trials=trials,
         front=front,
         finalists=[Trial(**one) for one in store.get("finalists", [])],
+        best=best_of(points, identity["objectives"]),
         recommended=knee_of(points, front),
         recommended_by=how_recommended(identity["objectives"]) if front else "",
         importances=shares,

@@ -1,4 +1,4 @@
-"""When a trial is given up: what a few windows of text say of it, against what it would have to beat"""
+"""When a trial is given up: what a small part of the texts says of it, against what it would have to beat"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.study.values import QUALITY, Constraint, Direction
+from secateur.study.values import Constraint, Direction
 
 
 @dataclass(frozen=True)
@@ -15,64 +15,74 @@ class Bar:
     """What a new trial is held against. All plain data, so that it can travel to another machine."""
 
     windows: int
+    """How many windows, or labelled texts, are looked at."""
     factor: float
     limits: Sequence[tuple[str, float]] = ()
-    """Text of a constraint, and the negative log-likelihood per token on the first windows that it stands for."""
+    """Text of a constraint, and the badness on the first part that it stands for."""
     rivals: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
-    """Complete trials with the same recovery: number, proxy (perplexity) and others {objective: value}."""
+    """Complete trials with the same recovery: number, proxy (perplexity, share of wrong texts) and others {objective:
+    value}."""
     objectives: Mapping[str, Direction] = field(default_factory=dict)
     """The objectives besides quality; empty when quality is the only one."""
     rivalry: bool = True
     """Whether quality is an objective at all."""
+    labels: bool = False
+    """Whether texts are labelled: badness is the share of wrong ones then, else the perplexity, and in both cases told
+    by its logarithm."""
+
+    def told(self, badness: float) -> str:
+        """A badness in words."""
+        return f"share of wrong texts {exp(badness):.3f}" if self.labels else f"perplexity {exp(badness):,.4g}"
 
 
 def limits_of(
     constraints: Sequence[Constraint], dense: Mapping[str, float | None], dense_first: float
 ) -> list[tuple[str, float]]:
-    """The limits on quality, carried over to the first windows by the dense model, which was measured on both.
+    """The limits on quality as badness on the first part, carried over by the dense model, measured on both.
+
+    Where the dense model has fewer wrong texts in the first part than in all, the limit stays: few say little.
 
     Args:
-        dense_first: nats per token of the dense model on the first windows.
+        dense_first: badness of the dense model on the first part.
     """
     found = []
-    whole = dense.get("nll_per_token")
+    nll, accuracy = dense.get("nll_per_token"), dense.get("accuracy")
     for one in constraints:
         limit = one.limit(dense)
-        if one.name in QUALITY and one.at_most and limit and whole is not None:
-            nll = math.log(limit) if one.name == "perplexity" else limit
-            found.append((one.text, nll + dense_first - whole))
+        if not one.keeps_quality or limit is None:
+            continue
+        if one.name == "accuracy" and accuracy is not None:
+            wrong = 1 - limit + max(0.0, math.exp(dense_first) - (1 - accuracy))
+            found.append((one.text, math.log(max(wrong, 1e-9))))
+        elif nll is not None and limit:
+            found.append((one.text, (math.log(limit) if one.name == "perplexity" else limit) + dense_first - nll))
     return found
 
 
 def hopeless(bar: Bar, nll: float, known: Mapping[str, float | None]) -> str:
     """Why a pruned model is given up; empty when it is not.
 
-    It is given up when its perplexity on the first windows is more than ``factor`` times what a constraint allows, or
-    that of a complete trial which is no worse in every other objective. With other objectives that are known only
-    when all is measured (speed), trials are not compared.
+    It is given up when its perplexity, or share of wrong texts, on the first part is more than ``factor`` times what a
+    constraint allows, or that of a complete trial which is no worse in every other objective. With other objectives
+    that are known only when all is measured (speed), trials are not compared.
 
     Args:
-        nll: nats per token on the first windows.
+        nll: badness on the first part.
         known: what was counted after pruning, by name.
     """
-    proxy = exp(nll)
+    first = f"on the first {bar.windows} {'texts' if bar.labels else 'windows'} is more than {bar.factor:g} times the"
     for text, limit in bar.limits:
         if nll > limit + math.log(bar.factor):
-            return (
-                f"perplexity {proxy:,.4g} on the first {bar.windows} windows is more than {bar.factor:g} times the "
-                f"{exp(limit):,.4g} that '{text}' stands for there"
-            )
+            return f"{bar.told(nll)} {first} {bar.told(limit).rsplit(' ', 1)[1]} that '{text}' stands for there"
     if not bar.rivalry or any(known.get(name) is None for name in bar.objectives):
         return ""
     for rival in sorted(bar.rivals, key=lambda one: (one["proxy"], one["number"])):
-        if proxy > bar.factor * rival["proxy"] and all(
+        if exp(nll) > bar.factor * rival["proxy"] and all(
             _no_worse(rival["others"].get(name), known[name], way) for name, way in bar.objectives.items()
         ):
             beside = f" and is no better in {', '.join(bar.objectives)}" if bar.objectives else ""
-            return (
-                f"perplexity {proxy:,.4g} on the first {bar.windows} windows is more than {bar.factor:g} times the "
-                f"{rival['proxy']:,.4g} of trial {rival['number']}{beside}"
-            )
+            theirs = bar.told(math.log(rival["proxy"])).rsplit(" ", 1)[1]
+            return f"{bar.told(nll)} {first} {theirs} of trial {rival['number']}{beside}"
     return ""
 
 

@@ -267,6 +267,7 @@ class Store:
                     out=models.get(frozen.number, ""),
                     warnings=list(told.get("warnings", [])),
                     missing=dict(told.get("missing", {})),
+                    intervals=dict(told.get("intervals", {})),
                 )
             )
         return found

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+from secateur.corpus.examples import Examples, load_examples
+from secateur.corpus.labelled import Labelled, read_labelled
 from secateur.corpus.load import Text, load_text
 from secateur.errors import CalibrationError, StudyError
 from secateur.study.spec import StudySpec
@@ -28,6 +30,8 @@ class Texts:
     test: Text
     training: tuple[Text, ...] = ()
     """Further texts that recovery learns from."""
+    labelled: Mapping[str, Labelled] = field(default_factory=dict)
+    """The same with their labels, by name (training 0, ...); the texts are their JSONL then. Empty without labels."""
 
     @property
     def digests(self) -> dict[str, str]:
@@ -68,6 +72,40 @@ def read_texts(spec: StudySpec) -> Texts:
     return texts
 
 
+def read_examples(spec: StudySpec, names: Sequence[str] | None) -> Texts:
+    """The labelled texts that a study names, with their labels.
+
+    Args:
+        names: those of the classes; None takes them from the calibration data, which the model is fine-tuned on.
+
+    Raises:
+        CalibrationError: when one is missing, empty or malformed, or has a label that is no class.
+        StudyError: when two of them overlap.
+    """
+    data = spec.data
+    found = {"calibration": load_examples(data.calibration, data.source, names)}
+    names = found["calibration"].labelled.names
+    found["choice"] = load_examples(data.choice, data.source, names)
+    if data.choice == data.test:
+        whole, count = found["choice"], len(found["choice"].labelled.texts)
+        if count < 2:
+            raise CalibrationError(f"{whole.origin} is too short to be divided into choice and test",
+                                   hint="give a longer file, or one for each")  # fmt: skip
+        found["choice"] = whole.of(0, count // 2, f"first half of {whole.origin}")
+        found["test"] = whole.of(count // 2, None, f"second half of {whole.origin}")
+    else:
+        found["test"] = load_examples(data.test, data.source, names)
+    for number, name in enumerate(spec.training_texts):
+        found[f"training {number}"] = Examples(read_labelled(name, labels=dict(enumerate(names))), name)
+    told = {name: Text(one.rows, one.origin) for name, one in found.items()}
+    texts = Texts(
+        told.pop("calibration"), told.pop("choice"), told.pop("test"), tuple(told.values()),
+        {name: one.labelled for name, one in found.items()},
+    )  # fmt: skip
+    check_apart(texts)
+    return texts
+
+
 def halves(text: str) -> tuple[str, str]:
     """A text in two parts that share nothing, cut at the paragraph, line or word nearest to its middle."""
     middle = len(text) // 2
@@ -86,17 +124,30 @@ def check_apart(texts: Texts) -> None:
     Raises:
         StudyError: naming the two, how much they share, and a passage.
     """
-    pairs: list[tuple[str, Text, str, Text]] = [("choice", texts.choice, "test", texts.test)]
-    for name, learned in (("calibration", texts.calibration), *(("recovery", text) for text in texts.training)):
-        pairs += [(name, learned, "choice", texts.choice), (name, learned, "test", texts.test)]
-    for one, first, other, second in pairs:
-        share, passage = overlap(first.text, second.text)
+    named = {"calibration": texts.calibration, "choice": texts.choice, "test": texts.test}
+    named |= {f"training {number}": text for number, text in enumerate(texts.training)}
+    learned = [name for name in named if name not in ("choice", "test")]
+    for one, other in [("choice", "test"), *((own, name) for own in learned for name in ("choice", "test"))]:
+        if texts.labelled:
+            share, passage = repeated(texts.labelled[one].texts, texts.labelled[other].texts)
+        else:
+            share, passage = overlap(named[one].text, named[other].text)
         if share > ALLOWED:
             raise StudyError(
-                f"the texts of {one} ({first.origin}) and {other} ({second.origin}) overlap: {share:.0%} of one is in "
-                f"the other, for example '{passage[:80]}'",
+                f"the texts of {one.replace('training', 'recovery')} ({named[one].origin}) and {other} "
+                f"({named[other].origin}) overlap: {share:.0%} of one is in the other, for example '{passage[:80]}'",
                 hint="give texts that share nothing, or figures on them say nothing about new text",
             )
+
+
+def repeated(one: Sequence[str], other: Sequence[str]) -> tuple[float, str]:
+    """The larger of the shares of texts that are among the others too, and one that is.
+
+    Case, punctuation and spaces do not count.
+    """
+    sides = [[" ".join(_words(text)) or text for text in side] for side in (one, other)]
+    shared = set(sides[0]) & set(sides[1])
+    return max(sum(text in shared for text in side) / len(side) for side in sides), min(shared, default="")
 
 
 def overlap(one: str, other: str) -> tuple[float, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -12,20 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.errors import Interrupted, SecateurError
-from secateur.measure.compare import measure_pair
-from secateur.measure.model import load_model
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE
 from secateur.study.flops import measure_flops
-from secateur.study.share import Measuring, link_copy, load_windows, pruned_once
+from secateur.study.quality import difference, measuring
+from secateur.study.share import link_copy, pruned_once
+from secateur.study.speed import Load, trial_speed
 from secateur.study.stopping import Bar, exp, hopeless
 from secateur.training import Training
 from secateur.verbs.prune import prune
 from secateur.verbs.recover import recover
-
-FEW_WINDOWS = 2
-"""Windows that are told apart where a study stops nothing early."""
 
 
 @dataclass(frozen=True)
@@ -40,25 +38,27 @@ class Task:
     training: Mapping[str, Any] | None
     out: str
     """Folder of the model that is made."""
-    windows: str
-    """File with the windows."""
+    choice: str
+    """File of the texts that trials are compared on."""
     shared: str = ""
     """Folder of the pruned model, where another trial may want the same; empty where none does."""
-    speed: bool = False
-    """Whether decoding speed is asked for."""
     device: str = "auto"
     bar: Mapping[str, Any] | None = None
-    prompt: tuple[int, ...] = ()
-    dense_speed: float | None = None
-    first: int = FEW_WINDOWS
+    load: Load | None = None
+    """What speed is measured on; None where it is not asked for."""
+    known: Mapping[str, float | None] = field(default_factory=dict)
+    """Values of the dense model."""
+    dense_right: str = ""
+    """Which of the labelled texts the dense model has right."""
+    first: int = 2
+    """Windows, or labelled texts, that are looked at first."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Task:
-        data = json.loads(text)
-        return cls(**{**data, "prompt": tuple(data["prompt"])})
+        return cls(**json.loads(text))
 
 
 @dataclass
@@ -72,8 +72,9 @@ class Outcome:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    intervals: dict[str, list[float]] = field(default_factory=dict)
     proxy: float | None = None
-    """Perplexity of the pruned model on the first windows."""
+    """Perplexity on the first windows, or the share of wrong texts in the first."""
     shared_seconds: float = 0.0
     """What was saved by taking a pruned model that was there."""
 
@@ -128,29 +129,43 @@ def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     # Recovery changes neither shapes nor zeros, so operations are known already.
     counted, outcome.missing = measure_flops(pruned, {} if task.recipe["structure"] else outcome.sparsity)
     outcome.values |= counted
-    windows = load_windows(Path(task.windows))["choice"]
     bar = None if task.bar is None else Bar(**task.bar)
-    measuring = None
+    opened = functools.partial(
+        measuring, texts=Path(task.choice), first=task.first, device=task.device, reporter=recorder
+    )
+    # More text brings a language model back from far away. A classifier says little before it is recovered: what is
+    # twice as bad as chance does not exist.
+    late = task.training is None or (bar is not None and bar.labels)
+    folder = _finish(task, pruned, recorder) if late else pruned
+    measured = opened(folder)
     if bar is not None:
-        measuring = Measuring(load_model(pruned, device=task.device), windows, task.first, recorder)
-        nll = measuring.first()
-        outcome.proxy = outcome.values["proxy_perplexity"] = _number(exp(nll))
-        if reason := hopeless(bar, nll, outcome.values):
+        badness = measured.first()
+        outcome.proxy = outcome.values[_proxy(task)] = _number(exp(badness))
+        if reason := hopeless(bar, badness, outcome.values):
             outcome.state, outcome.reason = "stopped", reason
             return
-    if task.training is not None or measuring is None:
-        del measuring  # the pruned model makes room for its recovery
+    if not late:
+        del measured  # the pruned model makes room for its recovery
         folder = _finish(task, pruned, recorder)
-        measuring = Measuring(load_model(folder, device=task.device), windows, task.first, recorder)
-    else:
-        folder = _finish(task, pruned, recorder)
-    found = measuring.all()
-    outcome.values |= {"nll_per_token": found.nll, "perplexity": _number(exp(found.nll))}
+        measured = opened(folder)
+    found = measured.all()
+    outcome.values |= found.values
+    outcome.intervals |= found.intervals
+    if task.dense_right:
+        outcome.values["accuracy_difference"], span = difference(found.right, task.dense_right)
+        outcome.intervals["accuracy_difference"] = span
     if bar is None:
-        outcome.proxy = outcome.values["proxy_perplexity"] = _number(exp(found.first))
-    del measuring
-    if task.speed:
-        _speed(task, folder, outcome, recorder)
+        outcome.proxy = outcome.values[_proxy(task)] = _number(exp(found.first))
+    del measured
+    if task.load is not None:
+        speed = trial_speed(task.load, Path(task.dense), folder, task.known, task.device, recorder)
+        outcome.values |= speed.values
+        outcome.intervals |= speed.intervals
+        outcome.missing |= speed.missing
+
+
+def _proxy(task: Task) -> str:
+    return "proxy_error" if task.choice.endswith(".jsonl") else "proxy_perplexity"
 
 
 def _prune(task: Task, outcome: Outcome, recorder: Recorder) -> Path:
@@ -183,28 +198,6 @@ def _finish(task: Task, pruned: Path, recorder: Recorder) -> Path:
         shutil.rmtree(out, ignore_errors=True)
         link_copy(pruned, out)
     return out
-
-
-def _speed(task: Task, folder: Path, outcome: Outcome, recorder: Recorder) -> None:
-    """Decoding speed, taken in turn with the dense model's and told as a multiple of what that was at the start."""
-    try:
-        pair = measure_pair(
-            task.dense, folder, prompt_tokens=task.prompt, device=_device(task.device), reporter=recorder
-        )  # fmt: skip
-    except SecateurError as error:
-        outcome.values["decode_tokens_per_second"] = None
-        outcome.missing["decode_tokens_per_second"] = error.message
-        return
-    assert pair.decode_ratio is not None
-    dense = task.dense_speed or pair.before.decode_tokens_per_second or 0.0
-    outcome.values["decode_tokens_per_second"] = dense * pair.decode_ratio.median
-    outcome.values["decode_ratio"] = pair.decode_ratio.median
-
-
-def _device(name: str) -> str:
-    from secateur.engine.device import resolve_device
-
-    return str(resolve_device(name))
 
 
 def _number(value: float) -> float | None:

@@ -11,62 +11,95 @@ from secateur.budgets import parse_size
 from secateur.errors import StudyError, UnknownNameError
 
 Direction = Literal["minimize", "maximize"]
+Task = Literal["language", "labels"]
+"""What the models of a study do: continue text, or choose one class for a text."""
+TASKS: tuple[Task, ...] = ("language", "labels")
 
-QUANTITIES: dict[str, Direction] = {
-    "perplexity": "minimize",
-    "nll_per_token": "minimize",
+_COUNTED: dict[str, Direction] = {
     "bytes_disk": "minimize",
     "parameters": "minimize",
     "nonzero": "minimize",
     "sparsity": "maximize",
     "flops_per_token": "minimize",
     "sparse_flops_per_token": "minimize",
-    "decode_tokens_per_second": "maximize",
     "seconds": "minimize",
 }
-"""Everything that can be an objective or have a limit, and which way is better."""
-QUALITY = ("perplexity", "nll_per_token")
+QUANTITIES: dict[Task, dict[str, Direction]] = {
+    "language": {
+        "perplexity": "minimize",
+        "nll_per_token": "minimize",
+        **_COUNTED,
+        "decode_tokens_per_second": "maximize",
+    },
+    "labels": {
+        "accuracy": "maximize",
+        **_COUNTED,
+        "sentences_per_second": "maximize",
+        "sentences_per_second_batch_32": "maximize",
+        "joules_per_thousand_sentences": "minimize",
+    },
+}
+"""For each task everything that can be an objective or have a limit, and which way is better."""
+QUALITY = ("perplexity", "nll_per_token", "accuracy")
 FLOPS = ("flops_per_token", "sparse_flops_per_token")
-COSTLY = (*QUALITY, "decode_tokens_per_second", "seconds")
+SPEED = ("decode_tokens_per_second", "sentences_per_second", "sentences_per_second_batch_32",
+         "joules_per_thousand_sentences")  # fmt: skip
+"""What is measured by running a model for its time or energy, and only when it is asked for."""
+COSTLY = (*QUALITY, *SPEED, "seconds")
 """What is not known yet when a model was pruned and its size counted."""
 
 
-def read_objectives(data: Any) -> dict[str, Direction]:
+def read_objectives(data: Any, task: Task = "language") -> dict[str, Direction]:
     """Objective -> direction, of ``perplexity: minimize``.
 
     Raises:
-        StudyError: when there is none, or a direction is no direction.
+        StudyError: when there is none, one is not measured in this task, or a direction is no direction.
         UnknownNameError: for an unknown objective or direction; the nearest is suggested.
     """
     if not isinstance(data, Mapping) or not data:
-        raise StudyError("objectives are missing", hint="for example: objectives: {perplexity: minimize}")
+        best = next(iter(QUANTITIES[task].items()))
+        raise StudyError("objectives are missing", hint=f"for example: objectives: {{{best[0]}: {best[1]}}}")
     found: dict[str, Direction] = {}
     for raw, direction in data.items():
-        name = str(raw).replace("-", "_")
-        if name not in QUANTITIES:
-            raise UnknownNameError("objective", str(raw), QUANTITIES)
+        name = _quantity(str(raw), "objective", task)
         if direction not in ("minimize", "maximize"):
             raise UnknownNameError(f"direction of {name}", str(direction), ("minimize", "maximize"))
         found[name] = direction
     return found
 
 
+def _quantity(raw: str, what: str, task: Task) -> str:
+    name = raw.replace("-", "_")
+    if name in QUANTITIES[task]:
+        return name
+    for other, names in QUANTITIES.items():
+        if name in names:
+            hint = "labelled texts need task: labels" if other == "labels" else "leave task: labels out"
+            raise StudyError(f"{what} {name} is not measured in a study with task {task}", hint=hint)
+    raise UnknownNameError(what, raw, QUANTITIES[task])
+
+
 @dataclass(frozen=True)
 class Constraint:
-    """At most, or at least, so much of a quantity; with ``relative``, so many times the dense model's."""
+    """At most, or at least, ``value`` plus ``factor`` times what the dense model has of a quantity."""
 
     text: str
     name: str
     at_most: bool
     value: float
-    relative: bool = False
+    factor: float = 0.0
 
     def limit(self, dense: Mapping[str, float | None]) -> float | None:
         """The limit in the unit of the quantity; None when it hangs on a value the dense model lacks."""
-        if not self.relative:
+        if not self.factor:
             return self.value
         whole = dense.get(self.name)
-        return None if whole is None else whole * self.value
+        return None if whole is None else whole * self.factor + self.value
+
+    @property
+    def keeps_quality(self) -> bool:
+        """Whether it says how bad a model may be."""
+        return self.name in QUALITY and self.at_most == (self.name != "accuracy")
 
     def violation(self, values: Mapping[str, float | None], dense: Mapping[str, float | None]) -> float | None:
         """By which share of the limit a model is beyond it, 0 or less when it is met; None when that is not known."""
@@ -77,35 +110,40 @@ class Constraint:
         return beyond / (abs(limit) or 1.0)
 
 
-def parse_constraint(text: Any) -> Constraint:
-    """Read ``bytes_disk <= 150MB``, ``perplexity <= 1.1x`` or ``sparsity >= 0.5``.
+def parse_constraint(text: Any, task: Task = "language") -> Constraint:
+    """Read ``bytes_disk <= 150MB``, ``perplexity <= 1.1x``, ``accuracy >= dense - 0.01`` or ``sparsity >= 0.5``.
 
     Raises:
-        StudyError: for a text of another form, or a value that makes no sense.
+        StudyError: for a text of another form, a value that makes no sense, or a quantity of another task.
         UnknownNameError: for an unknown quantity; the nearest is suggested.
     """
-    match = re.fullmatch(r"\s*([A-Za-z_-]+)\s*(<=|>=)\s*(\S.*?)\s*", str(text))
+    match = re.fullmatch(r"\s*([A-Za-z_0-9-]+)\s*(<=|>=)\s*(\S.*?)\s*", str(text))
     if not match:
         raise StudyError(
             f"constraint '{text}' is not QUANTITY <= VALUE or QUANTITY >= VALUE",
-            hint="for example: bytes_disk <= 150MB, perplexity <= 1.1x or sparsity >= 0.5",
+            hint="for example: bytes_disk <= 150MB, perplexity <= 1.1x, accuracy >= dense - 0.01 or sparsity >= 0.5",
         )
-    name, said = match[1].replace("-", "_"), match[3]
-    if name not in QUANTITIES:
-        raise UnknownNameError("quantity in a constraint", match[1], QUANTITIES)
-    relative = said[-1] in "xX"
-    number = _number(said[:-1] if relative else said)
-    if number is None and name == "bytes_disk" and not relative:
-        size = parse_size(said)
-        number = None if size is None else float(size)
-    if number is None or number < 0 or (relative and number == 0):
+    name, said = _quantity(match[1], "quantity in a constraint", task), match[3]
+    number, factor = None, 0.0
+    if beside := re.fullmatch(r"dense(?:\s*([+-])\s*(\S+))?", said):
+        number, factor = _number(beside[2] or "0"), 1.0
+        number = -number if number is not None and beside[1] == "-" else number
+    elif said[-1] in "xX":
+        number, factor = 0.0, _number(said[:-1]) or 0.0
+        number = number if factor else None
+    else:
+        number = _number(said)
+        if number is None and name == "bytes_disk" and (size := parse_size(said)) is not None:
+            number = float(size)
+    if number is None:
         raise StudyError(
             f"constraint '{text}': '{said}' is no value of {name}",
-            hint="give a number, times the dense model's (1.1x), or for bytes_disk a size (150MB)",
+            hint="give a number, times the dense model's (1.1x), more or less than the dense model's (dense - 0.01), "
+            "or for bytes_disk a size (150MB)",
         )
-    if name == "sparsity" and relative:
+    if name == "sparsity" and factor:
         raise StudyError(f"constraint '{text}': the dense model's sparsity is no measure", hint="for example 0.5")
-    return Constraint(str(text), name, match[2] == "<=", number, relative)
+    return Constraint(str(text), name, match[2] == "<=", number, factor)
 
 
 def _number(text: str) -> float | None:
@@ -138,13 +176,9 @@ def check_constraints(
         StudyError: naming the constraint, or the two that contradict each other.
     """
     limits = [(one, one.limit(dense)) for one in constraints]
-    known = [(one, limit) for one, limit in limits if limit is not None]
-    # Two relative ones can be compared before the dense model is measured.
-    known += [(one, one.value) for one, limit in limits if limit is None]
-    for one, upper in known:
-        for other, lower in known:
-            comparable = one.relative == other.relative or None not in (one.limit(dense), other.limit(dense))
-            if one.name == other.name and one.at_most and not other.at_most and lower > upper and comparable:
+    for one in constraints:
+        for other in constraints:
+            if one.name == other.name and one.at_most and not other.at_most and _apart(one, other, dense):
                 raise StudyError(
                     f"no trial can meet both '{one.text}' and '{other.text}'", hint="loosen one of the two constraints"
                 )
@@ -162,6 +196,15 @@ def check_constraints(
                 f"no trial can meet '{one.text}': {one.name} is at most {span.high:,.6g} ({span.why})",
                 hint="loosen the constraint, or widen the space",
             )
+
+
+def _apart(upper: Constraint, lower: Constraint, dense: Mapping[str, float | None]) -> bool:
+    """Whether the lower limit is above the upper one, as far as that is known: whatever the dense model may have."""
+    most, least = upper.limit(dense), lower.limit(dense)
+    if most is not None and least is not None:
+        return least > most
+    above = lower.factor - upper.factor, lower.value - upper.value
+    return min(above) >= 0 < max(above)
 
 
 def violations(

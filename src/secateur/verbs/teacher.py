@@ -98,10 +98,11 @@ def find_teacher(
 
 
 def _source_of(folder: Path) -> str | None:
-    """The model that a folder was pruned from, by its own result file."""
+    """The model that a folder was pruned from, by its own result file; None also for one that was trained only."""
     try:
-        return str(json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))["source"]["model"])
-    except (OSError, ValueError, KeyError, TypeError):
+        told = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        return None if told.get("student") == told["source"] else str(told["source"]["model"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
