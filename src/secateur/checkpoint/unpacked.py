@@ -12,7 +12,7 @@ from secateur.checkpoint.dtypes import NAMES, PLAIN_FLOATS
 from secateur.checkpoint.reader import CHUNK, CheckpointReader, Shard, TensorInfo
 from secateur.errors import CheckpointError
 from secateur.packing.check import check
-from secateur.packing.header import Header, header_of
+from secateur.packing.header import Header, check_places, header_of
 from secateur.packing.layout import Entry
 from secateur.packing.unpack import row_blocks, unpack, unpack_rows
 
@@ -29,6 +29,7 @@ class UnpackedReader(CheckpointReader):
     def __init__(self, folder: str | Path, header: Header, dtype: torch.dtype) -> None:
         super().__init__(folder)
         self.header = header
+        check_places(header, {key: (info.dtype, info.shape) for key, info in self._infos.items()}, self.folder)
         self._packed: dict[str, tuple[str, Entry]] = {}
         self._parts: dict[str, TensorInfo] = {}
         hidden = {f"{name}.{part}" for name, entry in header.matrices.items() for part in entry.parts()}
@@ -61,6 +62,11 @@ class UnpackedReader(CheckpointReader):
     def packed(self) -> list[str]:
         """The keys that are unpacked."""
         return list(self._packed)
+
+    def rounds(self, key: str) -> bool:
+        """Whether the number format in which a matrix comes out may not hold its numbers exactly."""
+        _, entry = self._packed[key]
+        return entry.bits < 16 and self.info(key).dtype.itemsize < 4
 
     def tensor(self, key: str) -> torch.Tensor:
         """The whole tensor, unpacked where it is packed.
@@ -119,4 +125,6 @@ def open_reader(folder: Path) -> CheckpointReader:
 def dtype_of(config: Mapping[str, object]) -> torch.dtype:
     """The number format that a config names; bfloat16 when it names none that is plain."""
     text = str(config.get("dtype") or config.get("torch_dtype") or "")
-    return next((dtype for dtype in PLAIN_FLOATS if str(dtype) == f"torch.{text}" or NAMES[dtype] == text), torch.bfloat16)
+    return next(
+        (dtype for dtype in PLAIN_FLOATS if str(dtype) == f"torch.{text}" or NAMES[dtype] == text), torch.bfloat16
+    )

@@ -1,4 +1,4 @@
-"""Which tensors a packed matrix is made of, by its kind, bits and shape. `docs/sparse-format.md` says the same in words."""
+"""Which tensors a packed matrix is made of, by kind, bits and shape. `docs/sparse-format.md` says the same in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packs a matrix: chooses the kind that takes the fewest bytes, and makes its tensors, block of rows by block of rows."""
+"""Packs a matrix: chooses the kind that takes the fewest bytes, and makes its tensors, some rows at a time."""
 
 from __future__ import annotations
 
