@@ -52,7 +52,12 @@ class Packed(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the model would hold it: (out, in), or (in, out) where its class holds it so."""
+        """The weight as the model would hold it: (out, in), or (in, out) where its class holds it so.
+
+        While the model is loaded it has no numbers: what would initialise it has nothing to do.
+        """
+        if "starts" not in self._buffers:
+            return torch.empty(self.entry.shape, dtype=self.dtype, device="meta")
         whole = unpack(self.entry, self.tensors(), self.dtype, self.starts)
         return whole.T if self.entry.transposed else whole
 
