@@ -266,7 +266,7 @@ def exported(result: ExportResult, *, each: bool = False) -> RenderableType:
     )
     state = "not verified" if not result.verified else "verified" if ran else "verified, but not run"
     took = f"{result.seconds:,.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory"
-    stored = [_stored(result, each=each), Text()] if result.matrices else []
+    stored: list[RenderableType] = [_stored(result, each=each), Text()] if result.matrices else []
     return Group(*stored, facts, Text(), Text(f"{result.out} ({state}; {took})"))
 
 
@@ -281,10 +281,11 @@ def _stored(result: ExportResult, *, each: bool) -> Table:
     groups = _grouped(result.matrices, lambda m: (label(m.name), shape_text(m.shape), f"{m.kind}, {m.bits} bits"))
     for (name, shape, how), matrices in groups.items():
         weights = math.prod(matrices[0].shape) * len(matrices)
+        zeros = sum(matrix.zeros for matrix in matrices)
         nbytes = sum(matrix.nbytes for matrix in matrices)
         reasons = list(dict.fromkeys(matrix.reason for matrix in matrices))
         table.add_row(
-            Text(name), str(len(matrices)), shape, how, f"{sum(m.zeros for m in matrices) / weights:.0%}", f"{nbytes:,}",
+            Text(name), str(len(matrices)), shape, how, f"{zeros / weights:.0%}", f"{nbytes:,}",
             f"{8 * nbytes / weights:.2f}", Text(reasons[0] + (" ..." if len(reasons) > 1 else "")),
         )  # fmt: skip
     return table

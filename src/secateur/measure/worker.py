@@ -1,8 +1,8 @@
 """Loads a model folder with the stock classes, in a process of its own, and answers questions about it.
 
 A stand-alone script: ``python -P worker.py FOLDER [--dtype auto] [--device cpu] [--threads N]``. It imports secateur
-for a folder in the sparse format only, so what it reports is what anybody gets from the folder. One JSON object a line comes in on stdin, one goes
-out on stdout; whatever libraries print goes to stderr.
+for a folder in the sparse format only, so what it reports is what anybody gets from the folder. One JSON object a line
+comes in on stdin, one goes out on stdout; whatever libraries print goes to stderr.
 
     {"op": "load"}
         -> seconds, class, dtype, parameters, bytes_resident_before, bytes_resident

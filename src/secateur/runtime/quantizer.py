@@ -20,7 +20,7 @@ from secateur.runtime.modules import Packed, TiedEmbedding, TiedLinear, packed_f
 logger = logging.get_logger(__name__)
 
 
-class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SparseConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed model. Making one checks it.
 
     Raises:
@@ -44,7 +44,7 @@ class SparseConfig(QuantizationConfigMixin):  # type: ignore[misc]
         yield from self.to_dict().items()
 
 
-class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
+class SparseQuantizer(HfQuantizer):
     """Puts packed modules in the places of plain ones before weights are loaded, and checks them afterwards."""
 
     requires_calibration = True  # a model is packed by `secateur export`, never while it is loaded

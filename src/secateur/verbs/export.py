@@ -66,8 +66,7 @@ def export(
         place = _place(chosen, out, overwrite, [source.folder, *named])
         plan = chosen.plan(source, recorder)
         place.require_space(plan.nbytes)
-        work: _Work = (_in_folder if isinstance(place, OutputFolder) else _in_file)(place)  # type: ignore[operator]
-        with work as partial:
+        with _in_folder(place) if isinstance(place, OutputFolder) else _in_file(place) as partial:
             written = plan.write(partial, recorder)
             verification = plan.check(partial, recorder) if verify else {}
             runtime = _run(plan, partial, source, str(vars(chosen).get("quantize")), recorder) if verify else {}
@@ -96,9 +95,6 @@ def export(
                 write_export_card(partial, result)
                 write_json(partial / RESULT_FILE, result.to_dict())
         return result
-
-
-_Work = contextlib.AbstractContextManager[Path]
 
 
 def _place(chosen: Format, out: str | Path, overwrite: bool, sources: list[Path]) -> OutputFile | OutputFolder:

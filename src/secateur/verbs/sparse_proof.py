@@ -1,6 +1,6 @@
-"""The proof of a folder in the sparse format: a fresh process opens it and the model it was made from, and both answer.
+"""The proof of a folder in the sparse format: fresh processes open it and the model it was made from, and both answer.
 
-What the file holds was compared number by number before; here it is seen that transformers loads it and computes with it.
+What the file holds was compared number by number before; here it is seen that transformers loads it and computes.
 """
 
 from __future__ import annotations
