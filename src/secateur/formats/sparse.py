@@ -322,8 +322,6 @@ def _warn(plan: SparsePlan, reader: CheckpointReader, reporter: Reporter) -> Non
         if entry.bits == 16 and reader.info(candidate.key).dtype != entry.value_dtype:
             wide[NAMES[reader.info(candidate.key).dtype]] += 1
     for name, matrices in wide.items():
-        reporter.warn(
-            f"{matrices} matrices of {name} are rounded to bfloat16: the file is not lossless"
-        )
+        reporter.warn(f"{matrices} matrices of {name} are rounded to bfloat16: the file is not lossless")
     if plan.negative_zeros:
         reporter.note(f"{plan.negative_zeros:,} negative zeros become plain zeros")
