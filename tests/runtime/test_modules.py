@@ -15,7 +15,6 @@ from secateur.runtime.modules import Packed, SparseEmbedding, SparseLinear, Tied
 from secateur.verbs.export import export
 from tests.models import tiny_model, tiny_tokenizer
 
-
 INT8 = Setting(8)
 
 
