@@ -245,12 +245,13 @@ def exported(result: ExportResult, *, each: bool = False) -> RenderableType:
     ran = result.runtime
     kept = f"{result.zeros - result.zeros_lost:,} of {result.zeros:,}" if result.zeros else None
     bits = None if result.bits_per_weight is None else f"{result.bits_per_weight:.2f}"
+    ratio = f"{result.ratio:.2f} times smaller" if result.ratio >= 1 else f"{1 / result.ratio:.2f} times larger"
     positions = ran.get("positions")
     facts = _facts(
         [
             ("tensors", ", ".join(f"{count} {kind}" for kind, count in result.tensors.items())),
             ("bytes of the source", megabytes(result.bytes_folder)),
-            ("bytes of the result", f"{megabytes(result.bytes_disk)}, {result.ratio:.2f} times smaller"),
+            ("bytes of the result", f"{megabytes(result.bytes_disk)}, {ratio}"),
             ("bits for each weight of the blocks", bits),
             ("zeros kept", kept),
             ("run by", ran.get("package")),
