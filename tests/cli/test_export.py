@@ -91,6 +91,6 @@ def test_people_read_how_each_matrix_is_stored_and_why(verb, run):
     assert "model.layers.*.up_proj 2 64 x 32 mask, 8 bits 49% 3,000 5.86 few" in out
     assert "lm_head 1 64 x 32 plain, 16 bits 0% 4,096 16.00 no zeros" in out
     assert "bits for each weight of the blocks 5.86" in out
-    assert "largest difference of an output 0.12%" in out
+    assert "largest difference of an output 0.12 %" in out
     each = run("export", "demo", "--format", "sparse", "--each").out
     assert "model.layers.1.up_proj" in each
