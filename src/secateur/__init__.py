@@ -1,12 +1,15 @@
 """Secateur: prune Transformers, and prove the result.
 
-The names below are loaded when they are first used, so that ``import secateur`` costs no torch.
+The names below are loaded when they are first used, so that ``import secateur`` costs no torch. It also sees to it that
+transformers, once it is imported, opens models in the sparse format (`secateur.runtime.hook`).
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from secateur.runtime import hook
 
 if TYPE_CHECKING:
     from secateur.criteria.obs import Obs
@@ -74,6 +77,9 @@ __all__ = [
     "recover",
     "report",
 ]
+
+
+hook.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -255,6 +255,27 @@ def read_after(folder: Path) -> tuple[str, Measured]:
 
 
 @dataclass
+class StoredMatrix(Plain):
+    """What the sparse format made of one matrix."""
+
+    name: str
+    shape: list[int]
+    """As the model holds it."""
+    kind: str
+    """mask, 2:4, dense (rounded, every value stored) or plain (as it was)."""
+    bits: int
+    """Of a stored value."""
+    zeros: int
+    """As the matrix came."""
+    nbytes: int
+    bits_per_weight: float
+    reason: str
+    """Why it is stored so."""
+    in_block: bool
+    """Whether it is one of those that `prune` prunes."""
+
+
+@dataclass
 class ExportResult(Plain):
     """What `secateur export` prints."""
 
@@ -279,9 +300,16 @@ class ExportResult(Plain):
     verification: dict[str, Any] = field(default_factory=dict)
     runtime: dict[str, Any] = field(default_factory=dict)
     """What the program that reads the format made of the result; empty when it is not installed or was not asked."""
+    matrices: list[StoredMatrix] = field(default_factory=list)
+    """Of the sparse format."""
+    bits_per_weight: float | None = None
+    """Of the sparse format: over the matrices of the blocks, zeros counted as weights."""
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     sha256: str = ""
+    """Of a file; of a folder that of its weights."""
+    shards: dict[str, str] = field(default_factory=dict)
+    """Of a folder: name of a weights file -> sha256."""
     schema_version: int = SCHEMA_VERSION
 
 

@@ -106,6 +106,7 @@ def test_generate_prints_the_text_as_it_is(run, verb):
         "chat": True,
         "device": "auto",
         "dtype": "auto",
+        "stream": stand_in.kwargs["stream"],
     }
     answer = json.loads(run("generate", "m", "--prompt", "Once", "--json").out)
     assert answer == {"model": "m", "prompt": "Once", "text": stand_in.answer}

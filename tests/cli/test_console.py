@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
+
 import pytest
 
 from secateur.cli import console
@@ -92,3 +95,13 @@ def test_an_unfinished_stage_is_not_called_done(capsys):
     with pytest.raises(ValueError, match="broken"):
         work()
     assert "done" not in capsys.readouterr().err
+
+
+def test_a_streamed_text_is_whole_and_once(capsys):
+    stream = console.Stream()
+    with redirect_stdout(sys.stderr):  # as while a verb works
+        for piece in ("Once", " upon"):
+            stream.write(piece)
+    assert capsys.readouterr().out == "Once upon"
+    stream.end("Once upon a time")
+    assert capsys.readouterr().out == " a time\n"

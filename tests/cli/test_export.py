@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from secateur.result import ExportResult
+from secateur.result import ExportResult, StoredMatrix
 
 
 def result(**changes) -> ExportResult:
@@ -65,3 +65,32 @@ def test_an_unknown_format_is_refused_before_anything_heavy(run):
     assert (done.status, done.out) == (2, "")
     assert "unknown format 'ggfu'" in done.err
     assert "did you mean 'gguf'" in done.err
+
+
+def test_flags_of_the_sparse_format_become_options(verb, run):
+    export = verb("export")
+    export.answer = result(format="sparse")
+    flags = ["--bits", "8", "--group-size", "64", "--embedding-bits", "4", "--force"]
+    done = run("export", "some/model", "--format", "sparse", *flags)
+    assert done.status == 0
+    assert export.args == ("some/model", Path("model-sparse"))
+    wanted = {"bits": 8, "group_size": 64, "embedding_bits": 4, "force": True}
+    assert export.kwargs.items() >= wanted.items()
+
+
+def test_people_read_how_each_matrix_is_stored_and_why(verb, run):
+    stored = [
+        StoredMatrix(f"model.layers.{i}.up_proj", [64, 32], "mask", 8, 1000 + i, 1500, 5.9, "few", in_block=True)
+        for i in range(2)
+    ]
+    stored.append(StoredMatrix("lm_head", [64, 32], "plain", 16, 0, 4096, 16.0, "no zeros", in_block=False))
+    runtime = {"package": "transformers, fresh process", "output_difference": 0.0012}
+    verb("export").answer = result(format="sparse", matrices=stored, bits_per_weight=5.861, runtime=runtime)
+    shown = run("export", "demo", "--format", "sparse").out.replace("│", " ")
+    out = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "model.layers.*.up_proj 2 64 x 32 mask, 8 bits 49% 3,000 5.86 few" in out
+    assert "lm_head 1 64 x 32 plain, 16 bits 0% 4,096 16.00 no zeros" in out
+    assert "bits for each weight of the blocks 5.86" in out
+    assert "largest difference of an output 0.12 %" in out
+    each = run("export", "demo", "--format", "sparse", "--each").out
+    assert "model.layers.1.up_proj" in each

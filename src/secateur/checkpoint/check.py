@@ -13,16 +13,20 @@ from secateur.checkpoint.dtypes import NAMES, PLAIN_FLOATS
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.writer import hash_file
 from secateur.errors import SourceError, UnsafeCheckpointError, UnsupportedModelError, WeightValueError
+from secateur.packing.header import check_places, header_of
 from secateur.progress import Reporter
 
 WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 SHOWN = 3  # tensors named in a message
 
 
-def check_model_folder(folder: str | Path) -> dict[str, Any]:
+def check_model_folder(folder: str | Path, *, packed: bool = False) -> dict[str, Any]:
     """Refuse a folder that is not a plain, whole model which stock transformers opens without running foreign code.
 
     Reads the configs and the headers of the weights, not the weights. Returns the content of config.json.
+
+    Args:
+        packed: a model in the sparse format will do as well.
 
     Raises:
         SourceError: no such folder, or no readable config.json.
@@ -37,7 +41,13 @@ def check_model_folder(folder: str | Path) -> dict[str, Any]:
         )
     config = read_config(folder)
     check_no_code(folder, config)
-    if config.get("quantization_config"):
+    header = header_of(config)
+    if header is not None and not packed:
+        raise UnsupportedModelError(
+            f"{folder} is packed in the sparse format; this needs plain floating-point weights",
+            hint=f"secateur export {folder} --format hf -o FOLDER unpacks it",
+        )
+    if header is None and config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
         raise UnsupportedModelError(
@@ -50,10 +60,13 @@ def check_model_folder(folder: str | Path) -> dict[str, Any]:
             hint="merge it into the weights first (merge_and_unload of PEFT), or remove the file to prune without it",
         )
     with CheckpointReader(folder) as reader:
+        if header is not None:
+            infos = [reader.info(key) for key in reader.keys]
+            check_places(header, {info.key: (info.dtype, info.shape) for info in infos}, folder)
         for key in reader.keys:
             info = reader.info(key)
-            packed = len(info.shape) > 1 and key.endswith("weight") and info.dtype not in PLAIN_FLOATS
-            if packed or "float8" in str(info.dtype):
+            narrow = len(info.shape) > 1 and key.endswith("weight") and info.dtype not in PLAIN_FLOATS
+            if narrow or "float8" in str(info.dtype):
                 raise UnsupportedModelError(
                     f"{folder}: {key} is stored as {NAMES[info.dtype]}; pruning needs plain floating-point weights",
                     hint="use the model it was made from, or a dequantised copy",

@@ -54,11 +54,14 @@ def places_of(model: str | Path) -> list[Path]:
     return [path] if str(model) not in demo.NAMES and path.exists() and str(model) else []
 
 
-def open_source(model: str | Path, *, reporter: Reporter | None = None) -> Source:
+def open_source(model: str | Path, *, reporter: Reporter | None = None, packed: bool = False) -> Source:
     """Find a model, fetch or convert it when that is needed, and check it.
 
     ``demo`` and ``demo-encoder`` are always the demo models; a folder of that name is ``./demo``. A hub id may end in a
     revision, ``@v1``.
+
+    Args:
+        packed: a model in the sparse format will do as well.
 
     Raises:
         SourceError: when it cannot be found, fetched or opened (and what ``check_model_folder`` raises).
@@ -71,7 +74,7 @@ def open_source(model: str | Path, *, reporter: Reporter | None = None) -> Sourc
     if text == demo.ENCODER.name:
         return _plain(text, "demo", demo.encoder_folder(reporter=reporter), None)
     if text and path.is_dir():
-        return _plain(path.resolve().name, "folder", path.resolve(), None)
+        return _plain(path.resolve().name, "folder", path.resolve(), None, packed=packed)
     if path.is_file():
         if path.name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
             raise SourceError(f"{path} is one file of a model", hint=f"give its folder: {path.parent}")
@@ -86,7 +89,7 @@ def open_source(model: str | Path, *, reporter: Reporter | None = None) -> Sourc
         raise SourceError(
             f"no such file or folder: {text}", hint=f"give the folder of a model, a hub id, a .gguf file or {DEMOS}"
         )
-    return _from_hub(text, reporter)
+    return _from_hub(text, reporter, packed=packed)
 
 
 def _converted(name: str, kind: Literal["gguf", "demo"], folder: Path) -> Source:
@@ -95,8 +98,10 @@ def _converted(name: str, kind: Literal["gguf", "demo"], folder: Path) -> Source
     return Source(name, kind, folder, manifest["bytes"], manifest["format"])
 
 
-def _plain(name: str, kind: Literal["folder", "hub", "demo"], folder: Path, revision: str | None) -> Source:
-    check_model_folder(folder)
+def _plain(
+    name: str, kind: Literal["folder", "hub", "demo"], folder: Path, revision: str | None, *, packed: bool = False
+) -> Source:
+    check_model_folder(folder, packed=packed)
     sizes: Counter[str] = Counter()
     with CheckpointReader(folder) as reader:
         for key in reader.keys:
@@ -107,7 +112,7 @@ def _plain(name: str, kind: Literal["folder", "hub", "demo"], folder: Path, revi
     return Source(name, kind, folder, nbytes, f"safetensors {widest}", revision)
 
 
-def _from_hub(text: str, reporter: Reporter) -> Source:
+def _from_hub(text: str, reporter: Reporter, *, packed: bool) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -141,7 +146,7 @@ def _from_hub(text: str, reporter: Reporter) -> Source:
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreachable(name, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     found = Path(folder)
-    return _plain(name, "hub", found, found.name)
+    return _plain(name, "hub", found, found.name, packed=packed)
 
 
 def _unreachable(name: str, reason: str) -> SourceError:

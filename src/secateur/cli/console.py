@@ -41,6 +41,24 @@ def write(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
+class Stream:
+    """A text to stdout while it is made. Made before the work, whose own stdout goes to stderr."""
+
+    def __init__(self) -> None:
+        self._out = sys.stdout
+        self._told = 0
+
+    def write(self, piece: str) -> None:
+        """The next piece."""
+        self._out.write(piece)
+        self._out.flush()
+        self._told += len(piece)
+
+    def end(self, text: str) -> None:
+        """What is missing of the whole text, and the end of the line."""
+        self._out.write(text[self._told :] + "\n")
+
+
 def write_error(text: str) -> None:
     """One piece of text to stderr, exactly as it is."""
     sys.stderr.write(text + "\n")

@@ -40,6 +40,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue a prompt."""
+    said = console.Stream() if not json else None
     with console.working(quiet=quiet) as reporter:
         from secateur.verbs.generate import generate as run
 
@@ -52,9 +53,10 @@ def generate(
             chat=chat,
             device=device,
             dtype=dtype,
+            stream=None if said is None else said.write,
             reporter=reporter,
         )
     if json:
         console.write(Generated(model, prompt, text).to_json())
-    else:
-        console.write(text)
+    elif said is not None:
+        said.end(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -253,18 +254,27 @@ def recovered(result: RecoverResult) -> RenderableType:
     )  # fmt: skip
 
 
-def exported(result: ExportResult) -> RenderableType:
-    """What was written, how large it is, and what the program that reads it made of it."""
+def exported(result: ExportResult, *, each: bool = False) -> RenderableType:
+    """What was written, how large it is, and what the program that reads it made of it.
+
+    Args:
+        each: every matrix of the sparse format has a row; else those of one kind and reason share one.
+    """
     ran = result.runtime
     kept = f"{result.zeros - result.zeros_lost:,} of {result.zeros:,}" if result.zeros else None
+    bits = None if result.bits_per_weight is None else f"{result.bits_per_weight:.2f}"
+    ratio = f"{result.ratio:.2f} times smaller" if result.ratio >= 1 else f"{1 / result.ratio:.2f} times larger"
+    positions = ran.get("positions")
     facts = _facts(
         [
             ("tensors", ", ".join(f"{count} {kind}" for kind, count in result.tensors.items())),
-            ("bytes of the folder", megabytes(result.bytes_folder)),
-            ("bytes of the file", f"{megabytes(result.bytes_disk)}, {result.ratio:.2f} times smaller"),
+            ("bytes of the source", megabytes(result.bytes_folder)),
+            ("bytes of the result", f"{megabytes(result.bytes_disk)}, {ratio}"),
+            ("bits for each weight of the blocks", bits),
             ("zeros kept", kept),
             ("run by", ran.get("package")),
-            ("positions compared", f"{ran['positions']:,}" if ran else None),
+            ("largest difference of an output", percent(ran.get("output_difference"), 2)),
+            ("positions compared", None if positions is None else f"{positions:,}"),
             ("mean difference of log-probabilities", number(ran.get("mean_difference"), 4)),
             ("same likeliest token", percent(ran.get("same_best"), 1)),
             ("perplexity, folder", number(ran.get("perplexity_folder"))),
@@ -275,7 +285,29 @@ def exported(result: ExportResult) -> RenderableType:
     )
     state = "not verified" if not result.verified else "verified" if ran else "verified, but not run"
     took = f"{result.seconds:,.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory"
-    return Group(facts, Text(), Text(f"{result.out} ({state}; {took})"))
+    stored: list[RenderableType] = [_stored(result, each=each), Text()] if result.matrices else []
+    return Group(*stored, facts, Text(), Text(f"{result.out} ({state}; {took})"))
+
+
+def _stored(result: ExportResult, *, each: bool) -> Table:
+    """Matrices of the sparse format: how they are stored, in how many bytes and bits a weight, and why."""
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("matrix", overflow="fold")
+    for title in ("count", "shape", "stored as", "zeros", "bytes", "bits/weight"):
+        table.add_column(title, justify="left" if title == "stored as" else "right", no_wrap=True)
+    table.add_column("because", overflow="fold")
+    label = (lambda name: name) if each else family
+    groups = _grouped(result.matrices, lambda m: (label(m.name), shape_text(m.shape), f"{m.kind}, {m.bits} bits"))
+    for (name, shape, how), matrices in groups.items():
+        weights = math.prod(matrices[0].shape) * len(matrices)
+        zeros = sum(matrix.zeros for matrix in matrices)
+        nbytes = sum(matrix.nbytes for matrix in matrices)
+        reasons = list(dict.fromkeys(matrix.reason for matrix in matrices))
+        table.add_row(
+            Text(name), str(len(matrices)), shape, how, f"{zeros / weights:.0%}", f"{nbytes:,}",
+            f"{8 * nbytes / weights:.2f}", Text(reasons[0] + (" ..." if len(reasons) > 1 else "")),
+        )  # fmt: skip
+    return table
 
 
 def plugins(found: Mapping[str, Mapping[str, str]]) -> RenderableType:

@@ -18,7 +18,7 @@ class Plan(Protocol):
     """Hash of the weights that are exported."""
 
     def write(self, path: Path, reporter: Reporter) -> dict[str, Any]:
-        """Write the result; what is worth telling comes back: tensors by number format, zeros kept."""
+        """Write the result; what is worth telling comes back, by the names of fields of `ExportResult`."""
 
     def check(self, path: Path, reporter: Reporter) -> dict[str, Any]:
         """Read the result back and compare it with the source; what was checked comes back.
@@ -34,6 +34,8 @@ class Format(Protocol):
 
     suffix: ClassVar[str]
     """How the name of a result ends; empty when the result is a folder."""
+    reads_packed: ClassVar[bool]
+    """Whether the source may be in the sparse format."""
 
     def plan(self, source: Source, reporter: Reporter) -> Plan:
         """Open the source and refuse all that can be refused.

@@ -39,6 +39,7 @@ class GGUF:
 
     name: ClassVar[str] = "gguf"
     suffix: ClassVar[str] = ".gguf"
+    reads_packed: ClassVar[bool] = False
     quantize: str = "f16"
     """How matrices are stored: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0."""
 

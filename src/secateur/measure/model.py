@@ -12,6 +12,7 @@ import transformers
 
 from secateur.engine.device import parse_dtype, resolve_device
 from secateur.errors import UnsupportedModelError
+from secateur.runtime import hook
 
 
 def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> transformers.PreTrainedModel:
@@ -34,6 +35,7 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} has no class {name}", hint="a newer transformers may have it"
         )
+    hook.install()
     with quiet_loading():
         model = stock.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     return model.eval().to(where)

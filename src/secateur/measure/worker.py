@@ -1,8 +1,8 @@
 """Loads a model folder with the stock classes, in a process of its own, and answers questions about it.
 
-A stand-alone script: ``python -P worker.py FOLDER [--dtype auto] [--device cpu] [--threads N]``. It never imports
-secateur, so what it reports is what anybody gets from the folder. One JSON object a line comes in on stdin, one goes
-out on stdout; whatever libraries print goes to stderr.
+A stand-alone script: ``python -P worker.py FOLDER [--dtype auto] [--device cpu] [--threads N]``. It imports secateur
+for a folder in the sparse format only, so what it reports is what anybody gets from the folder. One JSON object a line
+comes in on stdin, one goes out on stdout; whatever libraries print goes to stderr.
 
     {"op": "load"}
         -> seconds, class, dtype, parameters, bytes_resident_before, bytes_resident
@@ -93,6 +93,8 @@ class Server:
 
         if self.model is None:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            if (config.get("quantization_config") or {}).get("quant_method") == "secateur":
+                import secateur  # noqa: F401 - transformers then knows how such weights are stored
             architecture = (config.get("architectures") or [""])[0]
             stock: Any = transformers.AutoModelForCausalLM
             if not architecture:

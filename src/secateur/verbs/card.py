@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secateur.result import RESULT_FILE, Measured, PruneResult, RecoverResult
+from secateur.result import RESULT_FILE, ExportResult, Measured, PruneResult, RecoverResult
 
 
 def write_card(folder: Path, result: PruneResult) -> None:
@@ -29,6 +29,31 @@ def write_recovery_card(folder: Path, result: RecoverResult) -> None:
         "prunable weights are zero."
     )
     _write(folder, result, what, "Settings, losses, versions and hashes are")
+
+
+def write_export_card(folder: Path, result: ExportResult) -> None:
+    """README.md of an exported folder: what it was made from, and what it takes to open it."""
+    what = f"`{result.source['name']}`, written by [secateur](https://pypi.org/project/secateur/)"
+    if result.format == "hf":
+        lines = [f"{what}.", "", "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it."]
+    else:
+        lines = [
+            f"{what} with its zeros left out: {result.bits_per_weight:.2f} bits for each weight of its blocks.",
+            "",
+            "transformers opens it after `import secateur`, and not without: it would warn and make weights up.",
+            "",
+            "```python",
+            "import secateur",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto")',
+            "```",
+            "",
+            f"What became of every matrix, versions and hashes are in `{RESULT_FILE}`.",
+        ]
+    header = ["---", "library_name: transformers", "tags: [pruned, sparse, secateur]", "---", ""]
+    text = "\n".join([*header, f"# {Path(result.out).name}", "", *lines, ""])
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _write(folder: Path, result: PruneResult | RecoverResult, what: str, rest: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ def generate(
     chat: bool = False,
     device: str = "auto",
     dtype: str = "auto",
+    stream: Callable[[str], None] | None = None,
     reporter: Reporter | None = None,
 ) -> str:
     """Continue a prompt; returns the new text only.
@@ -36,6 +38,7 @@ def generate(
         seed: of the drawing; without temperature nothing is drawn.
         temperature: 0 takes the likeliest token each time.
         chat: put the prompt into the model's chat template as the user's message.
+        stream: is given the text piece by piece while it is made; the pieces together are what is returned.
 
     Raises:
         UsageError: for an argument that makes no sense, or ``chat`` on a model without a template.
@@ -49,7 +52,7 @@ def generate(
     if not prompt:
         raise UsageError("the prompt is empty", hint="give a text to continue")
     if isinstance(model, str | Path):
-        source = open_source(model, reporter=reporter)
+        source = open_source(model, reporter=reporter, packed=True)
         opened = load_model(source.folder, device=device, dtype=dtype)
         tokenizer = tokenizer or load_tokenizer(source.folder)
     else:
@@ -67,9 +70,49 @@ def generate(
     # The caller's random state is left as it was.
     with torch.inference_mode(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        found = opened.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=padding, **drawing)
+        pieces = None if stream is None else _Pieces(tokenizer, stream, prompted=not opened.config.is_encoder_decoder)
+        found = opened.generate(
+            **inputs, max_new_tokens=new_tokens, pad_token_id=padding, streamer=pieces, **drawing
+        )  # fmt: skip
     start = 0 if opened.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    return str(tokenizer.decode(found[0, start:], skip_special_tokens=True))
+    text = str(tokenizer.decode(found[0, start:], skip_special_tokens=True))
+    if pieces is not None:
+        pieces.finish(text)
+    return text
+
+
+class _Pieces:
+    """Hands on what is certain of the text: all but an unfinished character at its end."""
+
+    def __init__(self, tokenizer: Any, stream: Callable[[str], None], *, prompted: bool) -> None:
+        self._tokenizer = tokenizer
+        self._stream = stream
+        self._tokens: list[int] = []
+        self._told = ""
+        self._skip = prompted  # the first that comes is the prompt
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the next tokens."""
+        if self._skip:
+            self._skip = False
+            return
+        self._tokens += value.flatten().tolist()
+        text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
+        if text.startswith(self._told) and not text.endswith("\ufffd"):
+            self._tell(text)
+
+    def end(self) -> None:
+        """No more tokens come; `finish` says what is left."""
+
+    def finish(self, text: str) -> None:
+        """Hand on the rest of the whole text."""
+        if text.startswith(self._told):
+            self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        if text != self._told:
+            self._stream(text[len(self._told) :])
+            self._told = text
 
 
 def _inputs(tokenizer: Any, prompt: str, chat: bool) -> Any:

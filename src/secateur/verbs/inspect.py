@@ -9,6 +9,7 @@ from pathlib import Path
 from secateur.checkpoint.check import check_model_folder
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import open_source
+from secateur.checkpoint.unpacked import UnpackedReader, open_reader
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.forward import rehearse
@@ -30,12 +31,12 @@ def inspect(model: str | Path, *, reporter: Reporter | None = None) -> InspectRe
         VerificationError: when it is a result of secateur that was changed since.
     """
     reporter = reporter or Reporter()
-    source = open_source(model, reporter=reporter)
-    check_model_folder(source.folder)
+    source = open_source(model, reporter=reporter, packed=True)
+    check_model_folder(source.folder, packed=True)
     _check_own_result(source.folder, reporter)
     skeleton = build_skeleton(source.folder)
     structure = find_structure(skeleton)
-    with CheckpointReader(source.folder) as reader:
+    with open_reader(source.folder) as reader:
         binding = Binding(skeleton, reader.keys)
         if binding.missing:
             raise CheckpointError(f"the checkpoint lacks weights of the model, the first is {binding.missing[0]}")
@@ -52,7 +53,7 @@ def inspect(model: str | Path, *, reporter: Reporter | None = None) -> InspectRe
             reporter.advance()
         counts = zeros_of_matrices(structure, binding, reader, zeros)
         matrices = [Matrix(matrix.name, matrix.shape, counts[matrix.name]) for matrix in structure.matrices]
-        dtypes = sorted({str(reader.info(key).dtype).removeprefix("torch.") for key in reader.keys})
+        dtypes = sorted({_format_of(reader, key) for key in reader.keys})
         size = sum(shard.path.stat().st_size for shard in reader.shards)
     prunable = sum(matrix.size for matrix in structure.matrices)
     zero = sum(matrix.zeros for matrix in matrices)
@@ -89,6 +90,14 @@ def zeros_of_matrices(
         else:
             found[matrix.name] = int((binding.load([matrix.name], reader)[matrix.name] == 0).sum())
     return found
+
+
+def _format_of(reader: CheckpointReader, key: str) -> str:
+    """The number format of a tensor, or how it is packed."""
+    if isinstance(reader, UnpackedReader) and key in reader.packed:
+        entry = reader.header.matrices[key.removesuffix(".weight")]
+        return f"{entry.kind} of {entry.bits} bits"
+    return str(reader.info(key).dtype).removeprefix("torch.")
 
 
 def _check_own_result(folder: Path, reporter: Reporter) -> None:
