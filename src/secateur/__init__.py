@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from secateur.registration import register
+
 if TYPE_CHECKING:
     from secateur.criteria.obs import Obs
     from secateur.expert_criteria.reap import Reap
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from secateur.recovery.callback import SparsityCallback
     from secateur.training import Training
     from secateur.verbs.bench import bench
+    from secateur.verbs.convert import convert
     from secateur.verbs.evaluate import evaluate
     from secateur.verbs.export import export
     from secateur.verbs.generate import generate
@@ -41,6 +44,7 @@ _HOMES = {
     "Training": "secateur.training",
     "Wanda": "secateur.methods.wanda",
     "bench": "secateur.verbs.bench",
+    "convert": "secateur.verbs.convert",
     "evaluate": "secateur.verbs.evaluate",
     "export": "secateur.verbs.export",
     "generate": "secateur.verbs.generate",
@@ -63,6 +67,7 @@ __all__ = [
     "Wanda",
     "__version__",
     "bench",
+    "convert",
     "evaluate",
     "export",
     "generate",
@@ -71,6 +76,9 @@ __all__ = [
     "recover",
     "report",
 ]
+
+
+register()
 
 
 def __getattr__(name: str) -> Any:

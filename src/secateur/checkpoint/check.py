@@ -14,6 +14,7 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.writer import hash_file
 from secateur.errors import SourceError, UnsafeCheckpointError, UnsupportedModelError, WeightValueError
 from secateur.progress import Reporter
+from secateur.runtime.spec import is_converted, read_spec, stock_config
 
 WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
 SHOWN = 3  # tensors named in a message
@@ -26,7 +27,8 @@ def check_model_folder(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         SourceError: no such folder, or no readable config.json.
-        CheckpointError: weights that are missing, truncated, corrupt, or outside the folder.
+        CheckpointError: weights that are missing, truncated, corrupt, or outside the folder; a converted model whose
+            config does not say how its layers are built.
         UnsafeCheckpointError: pickled weights, or a config that asks for remote code.
         UnsupportedModelError: quantised weights.
     """
@@ -37,7 +39,9 @@ def check_model_folder(folder: str | Path) -> dict[str, Any]:
         )
     config = read_config(folder)
     check_no_code(folder, config)
-    if config.get("quantization_config"):
+    if is_converted(config):
+        read_spec(config)
+    elif config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
         raise UnsupportedModelError(
@@ -88,7 +92,7 @@ def check_no_code(folder: Path, config: dict[str, Any]) -> None:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    model_type = config.get("model_type")
+    model_type = stock_config(config).get("model_type")
     for name in WITH_CODE:
         path = folder / name
         try:

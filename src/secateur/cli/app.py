@@ -10,7 +10,20 @@ from typing import Annotated, cast
 
 import typer
 
-from secateur.cli import bench, console, evaluate, export, generate, inspect, methods, prune, recover, report, study
+from secateur.cli import (
+    bench,
+    console,
+    convert,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    methods,
+    prune,
+    recover,
+    report,
+    study,
+)
 from secateur.errors import SecateurError
 
 USAGE_ERROR = cast("type[Exception]", typer.BadParameter.__mro__[1])
@@ -46,6 +59,7 @@ def _root(
 app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
 app.command("recover")(recover.recover)
+app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
@@ -64,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read here and not from a parsed flag: the parsing itself may be what fails.
     debug = "--debug" in given
     try:
+        if given[:1] == ["convert"]:
+            given = convert.spread_values(given)
         status = app(given or ["--help"], prog_name="secateur", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
