@@ -7,7 +7,7 @@
 With the Gram matrix G = X^T X of the inputs, the error of a matrix is tr (W - W') G (W - W')^T / tr W G W^T: the share
 of its outputs' squares that is lost. For two cores the best of rank r is W' = U U^T W, where U (out, r) holds the first
 left singular vectors of W G^(1/2); a chain is cut from the singular vectors of W itself, and G decides how far. Ranks
-follow from a budget: each further parameter goes to the matrix whose error it lessens most, and a matrix may stay whole.
+follow from a budget: each further parameter goes where it lessens the error most, and a matrix may stay whole.
 
 Full rank is the identity, and larger than the matrix: r (out + in) > out·in from r = out·in / (out + in) on. Parameters
 are saved by a lower rank, or by tying the middle tensor, which holds most of them, over all blocks (``share_central``);

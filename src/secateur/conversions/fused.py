@@ -125,7 +125,7 @@ class Fused:
 
 
 def low_rank_difference(base: Tensor, tuned: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A (out, rank), B (rank, in), the right singular vectors (min(out, in), in), and the squares of singular values."""
+    """A (out, rank), B (rank, in), the right singular vectors (min(out, in), in), the squares of singular values."""
     number = torch.float64 if max(base.shape) <= DOUBLE_LIMIT else torch.float32
     u, s, v = torch.linalg.svd(tuned.to(number) - base.to(number), full_matrices=False)
     return u[:, :rank], s[:rank, None] * v[:rank], v, s.square()

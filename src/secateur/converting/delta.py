@@ -27,7 +27,6 @@ from secateur.engine.forward import probe_inputs, stream_forward
 from secateur.errors import CheckpointError, SourceError
 from secateur.progress import Reporter
 from secateur.result import RESULT_FILE, ConvertedMatrix
-from secateur.verify import Expected
 
 DELTA = "delta.safetensors"
 _HINT = "give the folder that `secateur convert BASE --to fused --models MODEL --format delta` wrote"
@@ -97,7 +96,9 @@ class ApplyWork:
         return Converted(
             spec=None,
             matrices=rows,
-            expected=Expected(shards, {}, probe, stream_forward(partial, probe)),
+            shards=shards,
+            probe=probe,
+            answer=stream_forward(partial, probe),
             prunable=opened.prunable(),
             renamed={key: key for key in reader.keys if key not in touched},
             told=[f"The difference is added to {len(rows)} matrices and replaces {len(touched) - len(rows)} tensors: "

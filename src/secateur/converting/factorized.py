@@ -30,7 +30,6 @@ from secateur.progress import Reporter
 from secateur.result import ConvertedMatrix, PrunedMatrix
 from secateur.runtime.spec import Spec
 from secateur.statistics import InputStatistics
-from secateur.verify import Expected
 
 UNREACHED = "no calibration token came: factorised without weights of the inputs"
 
@@ -176,7 +175,9 @@ class FactorizeWork:
         return Converted(
             spec=spec,
             matrices=self._rows(found.matrices, unreached),
-            expected=Expected(shards, {}, self._probe, found.probe),
+            shards=shards,
+            probe=self._probe,
+            answer=found.probe,
             prunable=self._prunable(),
             renamed=copied_keys(opened, list(self.by_name.values())),
             told=self._told(),

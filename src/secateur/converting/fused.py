@@ -24,7 +24,6 @@ from secateur.progress import Reporter
 from secateur.result import ConvertedMatrix, PrunedMatrix
 from secateur.runtime import fused as layer
 from secateur.runtime.spec import Spec
-from secateur.verify import Expected
 
 
 class FuseWork:
@@ -132,7 +131,9 @@ class FuseWork:
         return Converted(
             spec=spec,
             matrices=self.rows(errors),
-            expected=Expected(shards, {}, probe, stream_forward(partial, probe)),
+            shards=shards,
+            probe=probe,
+            answer=stream_forward(partial, probe),
             prunable=self._prunable(),
             renamed=renamed,
             told=self._told(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ from secateur.progress import Reporter
 from secateur.recipe import Recipe
 from secateur.result import ConvertedMatrix
 from secateur.runtime.spec import Spec, is_converted
-from secateur.verify import Expected
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Opened:
             )
         return unit.keys[0]
 
-    def prunable(self, keys: CheckpointReader | None = None) -> dict[str, int]:
+    def prunable(self) -> dict[str, int]:
         """Checkpoint key -> numbers in it, of all matrices in the blocks."""
         names = [matrix.name for matrix in self.structure.matrices]
         return {key: self.reader.info(key).numel for key in self.binding.keys_of(names)}
@@ -75,12 +75,17 @@ class Opened:
 
 @dataclass
 class Converted:
-    """What was written, what a verification must find, and what is worth telling."""
+    """What was written, what a verification must find, and what is worth telling. ``answer`` is what the model that was
+    made says to the inputs ``probe``, float32.
+    """
 
     spec: Spec | None
     """The layers; None where the result is an ordinary model."""
     matrices: list[ConvertedMatrix]
-    expected: Expected
+    shards: dict[str, str]
+    """Name of a file -> sha256."""
+    probe: Mapping[str, torch.Tensor]
+    answer: torch.Tensor | None
     prunable: dict[str, int]
     """Checkpoint key of the result -> numbers in it, of all that the matrices of the blocks became."""
     renamed: dict[str, str]

@@ -34,6 +34,7 @@ from secateur.verbs.job import digest_of
 from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import Sides, check_measurable, measure_sides
 from secateur.verbs.verdict import conversion_sentences
+from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
 Conversion = Factorized | Fused
@@ -210,7 +211,7 @@ def _tell(result: ConvertResult, written: Converted, sides: Sides) -> None:
     result.before, result.after = sides.before, sides.after
     result.protocol |= sides.protocol
     result.matrices, result.needs_training = written.matrices, written.needs_training
-    result.shards = dict(written.expected.shards)
+    result.shards = written.shards
     result.verdict = conversion_sentences(
         written.told, sides.before, sides.after, sides.decode, needs_training=written.needs_training
     )
@@ -258,7 +259,7 @@ def _fingerprint(opened: Opened, conversion: Conversion, work: Work, loaded: Cal
 
 def _verified(folder: Path, opened: Opened, written: Converted, reporter: Reporter) -> dict[str, Any]:
     reporter.stage("verifying", 1)
-    checked = verify_folder(folder, written.expected, reporter)
+    checked = verify_folder(folder, Expected(written.shards, {}, written.probe, written.answer), reporter)
     checked["tensors_unchanged"] = _check_copies(folder, opened, written.renamed)
     reporter.advance()
     return checked
