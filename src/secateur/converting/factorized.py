@@ -112,7 +112,9 @@ class FactorizeWork:
         if conversion.share is None:
             self._name_layers(dict.fromkeys(opened.specs))
             self.nbytes = layout_of(opened, self._changed).nbytes
-        elif conversion.cores > 2:
+            return
+        self._limit()
+        if conversion.cores > 2:
             for name, spec in opened.specs.items():
                 conversion.entry(name, (spec.out_features, spec.in_features), 1)
 
@@ -204,18 +206,23 @@ class FactorizeWork:
             weight = opened.specs[name].slices(opened.reader.tensor(opened.key_of(name)))[0].float()
             look.ranks[name], look.curves[name] = self._conversion.curve(name, weight, None)
         trim_memory()
-        share = self._conversion.share
-        assert share is not None
-        untouched = opened.whole - sum(spec.size for spec in opened.specs.values())
-        limit = int(share * opened.whole) - untouched
-        if limit <= 0:
-            raise BudgetError(
-                f"{untouched / opened.whole:.1%} of the block parameters are in matrices that are not factorised",
-                hint="give a larger share, or loosen --targets and --ignore",
-            )
-        chosen = spread([look.curves[name] for name in names], limit)
+        chosen = spread([look.curves[name] for name in names], self._limit())
         ranks = {name: look.ranks[name][choice] for name, choice in zip(names, chosen, strict=True)}
         return {name: rank for name, rank in ranks.items() if rank is not None}
+
+    def _limit(self) -> int:
+        """Parameters that the chosen matrices may have together."""
+        share = self._conversion.share
+        assert share is not None
+        whole = self._opened.whole
+        untouched = whole - sum(spec.size for spec in self._opened.specs.values())
+        limit = int(share * whole) - untouched
+        if limit <= 0:
+            raise BudgetError(
+                f"{untouched / whole:.1%} of the block parameters are in matrices that are not factorised",
+                hint="give a larger share, or loosen --targets and --ignore",
+            )
+        return limit
 
     def _spec(self) -> Spec:
         tied = {}
