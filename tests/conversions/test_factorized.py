@@ -114,10 +114,7 @@ def test_a_truncated_chain_errs_no_more_than_its_bound_and_less_with_rank():
     weight = torch.randn(48, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     cores = decompose(weight, inputs, outputs)
     pairs = weight.reshape(*outputs, *inputs).permute(3, 0, 4, 1, 5, 2).numpy()
-    unfolded = [
-        np.linalg.svd(pairs.reshape(12, -1), compute_uv=False),
-        np.linalg.svd(pairs.reshape(144, -1), compute_uv=False),
-    ]
+    unfolded = [np.linalg.svd(pairs.reshape(rows, -1), compute_uv=False) for rows in (12, 144)]
     errors = []
     for rank in (1, 4, 8, 12):
         error = float((tensor_train.rebuild(truncate(cores, rank)) - weight).square().sum())

@@ -91,6 +91,7 @@ class Server:
         if self.model is None:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             if config.get("model_type") == "secateur":
+                sys.path.insert(0, str(Path(__file__).parents[2]))  # the secateur that asks, not another one
                 import secateur  # noqa: F401 - it registers the layers
             known = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
             architecture = (config.get("architectures") or [""])[0]

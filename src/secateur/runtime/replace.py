@@ -36,6 +36,9 @@ def replace_layers(model: nn.Module, spec: Spec) -> None:
         model.get_submodule(owner)._parameters[leaf] = model.get_parameter(source)
         if ties is not None:
             ties[target] = source
+    if spec.tied and ties is not None:  # so that `save_pretrained` leaves the aliases out
+        own: Any = model
+        own._tied_weights_keys = {**(own._tied_weights_keys or {}), **spec.tied}
 
 
 def replace_by_config(model: nn.Module) -> None:
