@@ -18,6 +18,9 @@ from secateur.checkpoint.ledger import Ledger
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.errors import Interrupted, UnsupportedModelError
 from secateur.measure.model import load_model
+from secateur.pages.commands import command_of
+from secateur.pages.inputs import read_inputs
+from secateur.result import ConvertResult
 from tests.converting.models import family_of, logits, tuned
 from tests.models import calibration_for, save_tiny
 
@@ -217,6 +220,29 @@ def test_training_reaches_the_factors(models, tmp_path):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert all(p.grad is not None for p in model.model.layers[0].mlp.up_proj.parameters())
+
+
+def test_recover_trains_tied_tensors_and_keeps_them_tied(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    convert(models[0], tmp_path / "out", "factorized", cores=3, rank="full", share_central=True)
+    trained = secateur.recover(
+        tmp_path / "out", tmp_path / "trained", dense=True, data=str(tmp_path / "text.txt"), tokens=1500,
+        evaluate=False, verify=False,
+    )  # fmt: skip
+    assert trained.training["held_out_loss"] < trained.training["held_out_loss_before"]
+    loaded = load_model(tmp_path / "trained", dtype="bfloat16")
+    layers = [loaded.get_submodule(f"model.layers.{block}.mlp.up_proj") for block in (0, 1)]
+    assert layers[0].cores[1] is layers[1].cores[1]
+    assert layers[0].cores[1].dtype == torch.bfloat16
+
+
+def test_the_report_has_a_converted_model_with_its_command(models, tmp_path):
+    convert(models[0], tmp_path / "out", "factorized", rank=4, targets=["*mlp*"])
+    secateur.report([tmp_path / "out"], tmp_path / "page.html")
+    found = read_inputs([tmp_path / "out"])[0].result
+    assert isinstance(found, ConvertResult)
+    assert command_of(found, "X").endswith("-o X --to factorized --rank 4 --targets '*mlp*'")
 
 
 def test_without_secateur_the_stock_loader_refuses_and_with_it_it_opens(models, tmp_path):

@@ -33,9 +33,18 @@ if NAME not in AUTO_QUANTIZER_MAPPING:
             replace_layers(model, read_spec({ENTRY: self.quantization_config.to_dict()}))
             return model
 
+        def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+            # Ordinary numbers: they may be cast and trained, which transformers refuses for quantised ones.
+            model.is_quantized = False
+            return model
+
         def is_serializable(self) -> bool:
             return True
 
         @property
         def is_trainable(self) -> bool:
+            return True
+
+        @property
+        def is_qat_trainable(self) -> bool:
             return True
