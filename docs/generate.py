@@ -230,6 +230,10 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/coverage.md": {"coverage": coverage},
     "docs/training.md": {"schedule details": lambda: plugin_details("schedules", "schedule")},
     "docs/sparse-format.md": {"sparse sizes": functools.partial(results, "sparse_size")},
+    "docs/convert.md": {
+        "conversions": lambda: plugin_table("conversions"),
+        "conversion details": lambda: plugin_details("conversions", "conversion"),
+    },
     "docs/cli.md": {"commands": command_reference},
     "docs/results.md": {
         name: functools.partial(results, name)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from secateur.training import Training
     from secateur.verbs.allocate import allocate
     from secateur.verbs.bench import bench
+    from secateur.verbs.convert import convert
     from secateur.verbs.evaluate import evaluate
     from secateur.verbs.export import export
     from secateur.verbs.generate import generate
@@ -46,6 +47,7 @@ _HOMES = {
     "Wanda": "secateur.methods.wanda",
     "allocate": "secateur.verbs.allocate",
     "bench": "secateur.verbs.bench",
+    "convert": "secateur.verbs.convert",
     "evaluate": "secateur.verbs.evaluate",
     "export": "secateur.verbs.export",
     "generate": "secateur.verbs.generate",
@@ -69,6 +71,7 @@ __all__ = [
     "__version__",
     "allocate",
     "bench",
+    "convert",
     "evaluate",
     "export",
     "generate",

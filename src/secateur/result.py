@@ -186,6 +186,51 @@ class AllocateResult(Plain):
 
 
 @dataclass
+class ConvertedMatrix(Plain):
+    """What a conversion made of one matrix."""
+
+    name: str
+    shape: list[int]
+    kind: str
+    """Kind of the layer, or "dense" where it stayed as it was."""
+    parameters: int
+    """Parameters of the layer without bias; a tensor that layers share counts in the first of them."""
+    rank: int | None = None
+    """Largest rank in it."""
+    error: float | None = None
+    """Share lost of the squares of the outputs (of the differences, in fused models), as far as it is known."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ConvertResult(Plain):
+    """What `secateur convert` prints, and the bulk of ``secateur.json``."""
+
+    out: str
+    source: dict[str, Any]
+    conversion: str
+    options: dict[str, Any]
+    models: list[dict[str, Any]]
+    """Further models that went into it: where they were, and the hash of their weights."""
+    seconds: float
+    peak_rss_bytes: int
+    before: Measured
+    after: Measured
+    verified: bool
+    needs_training: bool = False
+    """Whether the result is of no use before it was trained."""
+    verdict: list[str] = field(default_factory=list)
+    protocol: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
+    matrices: list[ConvertedMatrix] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    shards: dict[str, str] = field(default_factory=dict)
+    """Output shard name -> sha256 of its bytes."""
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass
 class PlanResult(Plain):
     """What `secateur prune --structure ... --dry-run` prints, or `--budget ... --dry-run`."""
 

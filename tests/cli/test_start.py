@@ -25,6 +25,7 @@ STARTS = {
     "bad study": "from secateur.cli.app import main; main(['study', 'run', 'papper'])",
     "help of report": "from secateur.cli.app import main; main(['report', '--help'])",
     "methods": "from secateur.cli.app import main; main(['methods'])",
+    "help of convert": "from secateur.cli.app import main; main(['convert', '--help'])",
     "method": "from secateur.cli.app import main; main(['methods', 'sparsegpt'])",
     "bad usage": "from secateur.cli.app import main; main(['prune', 'm', '--sparsity', '2'])",
 }

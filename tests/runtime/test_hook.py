@@ -12,8 +12,10 @@ import pytest
 import secateur
 from secateur.runtime import hook
 
-KNOWN = "from transformers.quantizers import auto; assert 'secateur' in auto.AUTO_QUANTIZER_MAPPING; "
-KNOWN += "assert 'secateur' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING; "
+KNOWN = "from transformers.quantizers import auto; from transformers.models.auto import configuration_auto; "
+KNOWN += "assert {'secateur', 'secateur-layers'} <= set(auto.AUTO_QUANTIZER_MAPPING); "
+KNOWN += "assert {'secateur', 'secateur-layers'} <= set(auto.AUTO_QUANTIZATION_CONFIG_MAPPING); "
+KNOWN += "assert 'secateur' in configuration_auto.CONFIG_MAPPING; "
 AS_EVER = (
     "import sys; assert not any('secateur' in type(f).__module__ for f in sys.meta_path); "
     "assert type(auto.__spec__.loader).__module__ != 'secateur.runtime.hook'; "
@@ -37,6 +39,6 @@ def test_whichever_comes_first(start):
 
 
 def test_only_the_registry_is_looked_at():
-    finder = hook._Finder()
+    finder = hook._Finder(list(hook.FOLLOWERS))
     assert finder.find_spec("transformers") is None
     assert finder.find_spec("transformers.quantizers") is None

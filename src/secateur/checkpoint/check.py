@@ -13,6 +13,7 @@ from secateur.checkpoint.dtypes import NAMES, PLAIN_FLOATS
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.writer import hash_file
 from secateur.errors import SourceError, UnsafeCheckpointError, UnsupportedModelError, WeightValueError
+from secateur.layers.spec import is_converted, read_spec, stock_config
 from secateur.packing.header import check_places, header_of
 from secateur.progress import Reporter
 
@@ -30,7 +31,8 @@ def check_model_folder(folder: str | Path, *, packed: bool = False) -> dict[str,
 
     Raises:
         SourceError: no such folder, or no readable config.json.
-        CheckpointError: weights that are missing, truncated, corrupt, or outside the folder.
+        CheckpointError: weights that are missing, truncated, corrupt, or outside the folder; a converted model whose
+            config does not say how its layers are built.
         UnsafeCheckpointError: pickled weights, or a config that asks for remote code.
         UnsupportedModelError: quantised weights.
     """
@@ -47,7 +49,9 @@ def check_model_folder(folder: str | Path, *, packed: bool = False) -> dict[str,
             f"{folder} is packed in the sparse format; this needs plain floating-point weights",
             hint=f"secateur export {folder} --format hf -o FOLDER unpacks it",
         )
-    if header is None and config.get("quantization_config"):
+    if is_converted(config):
+        read_spec(config)
+    elif header is None and config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
         raise UnsupportedModelError(
@@ -101,7 +105,7 @@ def check_no_code(folder: Path, config: dict[str, Any]) -> None:
     """
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    model_type = config.get("model_type")
+    model_type = stock_config(config).get("model_type")
     for name in WITH_CODE:
         path = folder / name
         try:

@@ -14,6 +14,7 @@ from secateur.cli import (
     allocate,
     bench,
     console,
+    convert,
     evaluate,
     export,
     generate,
@@ -60,6 +61,7 @@ app.command("inspect")(inspect.inspect)
 app.command("prune")(prune.prune)
 app.command("allocate")(allocate.allocate)
 app.command("recover")(recover.recover)
+app.command("convert")(convert.convert)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("export")(export.export)
@@ -78,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Read here and not from a parsed flag: the parsing itself may be what fails.
     debug = "--debug" in given
     try:
+        if given[:1] == ["convert"]:
+            given = convert.spread_values(given)
         status = app(given or ["--help"], prog_name="secateur", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:

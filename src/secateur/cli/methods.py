@@ -19,6 +19,7 @@ KINDS = {
     "allocation": "allocation",
     "schedules": "schedule",
     "formats": "format",
+    "conversions": "conversion",
 }
 """Folder of plug-ins -> what one of them is called."""
 
@@ -31,7 +32,7 @@ def methods(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods (for weights, units, experts), allocation rules, training schedules and export formats."""
+    """List methods (for weights, units, experts), allocation rules, schedules, export formats and conversions."""
     found = {kind: available(kind) for kind in KINDS}
     if name is None:
         if json:

@@ -14,6 +14,7 @@ from rich.text import Text
 from secateur.plugins import Description
 from secateur.result import (
     AllocateResult,
+    ConvertResult,
     EvaluateResult,
     ExportResult,
     InspectResult,
@@ -90,10 +91,23 @@ def pruned(result: PruneResult, beside: Sequence[Column] = ()) -> RenderableType
         parts += [_labelled(title, text) for title, text in told]
         parts.append(Text())
     parts += [Text(sentence) for sentence in result.verdict]
+    return Group(*parts, _where(result))
+
+
+def _where(result: PruneResult | ConvertResult) -> Text:
     state = "verified" if result.verified else "not verified"
     took = f"{result.seconds:,.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory"
-    parts.append(Text(f"{result.out} ({state}; {took})"))
-    return Group(*parts)
+    return Text(f"{result.out} ({state}; {took})")
+
+
+def converted(result: ConvertResult) -> RenderableType:
+    """The table before and after, what came of the matrices, the verdict, and where the result is."""
+    columns: list[Column] = [("before", result.before), ("after", result.after)]
+    parts: list[RenderableType] = [comparison(columns), Text()]
+    told = [(title, measured.continuation) for title, measured in columns if measured.continuation is not None]
+    parts += [_labelled(title, text) for title, text in told] + [Text()] * bool(told)
+    parts += [Text(sentence) for sentence in result.verdict]
+    return Group(*parts, _where(result))
 
 
 def allocated(result: AllocateResult) -> RenderableType:

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from secateur.engine.skeleton import tensors_of, tied_names
 from secateur.errors import UnsupportedModelError
+from secateur.layers.spec import is_converted
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def find_structure(model: nn.Module) -> Structure:
                     block.matrices.append(matrix)
         blocks.append(block)
     prunable = {matrix.name for block in blocks for matrix in block.matrices}
-    if not prunable:
+    converted = isinstance(model, PreTrainedModel) and is_converted(model.config.to_dict())
+    if not prunable and not converted:  # of chains of small tensors nothing can be pruned, and everything else is there
         raise UnsupportedModelError(f"the blocks of {type(model).__name__} hold no Linear, Conv1D or expert matrices")
     for name, tensor in tensors_of(model).items():
         if tensor.ndim >= 2 and name not in prunable and name not in unprunable:

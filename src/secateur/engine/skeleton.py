@@ -13,6 +13,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 
 from secateur.errors import UnsupportedModelError
+from secateur.layers.replace import replace_by_config
 
 
 def build_skeleton(folder: Path) -> transformers.PreTrainedModel:
@@ -38,6 +39,7 @@ def skeleton_of(config: transformers.PreTrainedConfig) -> transformers.PreTraine
     # No weight is initialised either: it would take most of the time, for numbers that nobody sees.
     with no_init_weights(), init_empty_weights(include_buffers=False):
         model: transformers.PreTrainedModel = cls._from_config(config, dtype=torch.float32)
+        replace_by_config(model)
     model.tie_weights(recompute_mapping=False)
     for name, tensor in computed_constants(model).items():
         set_tensor(model, name, tensor)

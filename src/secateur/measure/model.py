@@ -37,7 +37,9 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
         )
     hook.install()
     with quiet_loading():
-        model = stock.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        # Given, so that a converted folder is opened by the config of its architecture.
+        known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = stock.from_pretrained(folder, config=known, dtype=dtype, local_files_only=True, use_safetensors=True)
     return model.eval().to(where)
 
 

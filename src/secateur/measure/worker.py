@@ -1,8 +1,8 @@
 """Loads a model folder with the stock classes, in a process of its own, and answers questions about it.
 
 A stand-alone script: ``python -P worker.py FOLDER [--dtype auto] [--device cpu] [--threads N]``. It imports secateur
-for a folder in the sparse format only, so what it reports is what anybody gets from the folder. One JSON object a line
-comes in on stdin, one goes out on stdout; whatever libraries print goes to stderr.
+only for a folder in the sparse format or a converted one, which need it, so what it reports is what anybody gets from
+the folder. One JSON object a line comes in on stdin, one goes out on stdout; whatever libraries print goes to stderr.
 
     {"op": "load"}
         -> seconds, class, dtype, parameters, bytes_resident_before, bytes_resident
@@ -93,19 +93,25 @@ class Server:
 
         if self.model is None:
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
-            if (config.get("quantization_config") or {}).get("quant_method") == "secateur":
+            if str((config.get("quantization_config") or {}).get("quant_method", "")).startswith("secateur"):
+                sys.path.insert(0, str(Path(__file__).parents[2]))  # the secateur that asks, not another one
                 import secateur  # noqa: F401 - transformers then knows how such weights are stored
+            known = transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True)
             architecture = (config.get("architectures") or [""])[0]
             stock: Any = transformers.AutoModelForCausalLM
             if not architecture:
-                known = type(transformers.AutoConfig.from_pretrained(self.folder, local_files_only=True))
-                stock = stock if known in stock._model_mapping else transformers.AutoModel
+                stock = stock if type(known) in stock._model_mapping else transformers.AutoModel
             elif not architecture.endswith("CausalLM"):
                 stock = getattr(transformers, architecture)
             self.before = resident_bytes()  # torch and transformers are in memory by now, the weights are not
             start = time.perf_counter()
             model, info = stock.from_pretrained(
-                self.folder, dtype=self.dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                self.folder,
+                config=known,
+                dtype=self.dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
             for kind in ("missing_keys", "mismatched_keys"):  # the loader only warns, and makes weights up
                 if info[kind]:

@@ -15,7 +15,7 @@ from secateur.pages.commands import command_of, settings_of
 from secateur.pages.fronts import draw_fronts, is_quality, quality_of
 from secateur.pages.inputs import Input
 from secateur.report_result import Comparison, Kind, ReportModel, ReportResult
-from secateur.result import Measured, PruneResult, RecoverResult
+from secateur.result import ConvertResult, Measured, PruneResult, RecoverResult
 from secateur.study_result import StudyResult, Trial
 
 MAPS = 6
@@ -70,8 +70,8 @@ class Collector:
         self._sparsity: dict[int, Mapping[str, float]] = {}
         self._folders = {each.folder.resolve(): each for each in inputs if each.folder is not None}
         self._of_folder: dict[Path, int] = {}
-        order = {PruneResult: 0, RecoverResult: 0, StudyResult: 1, BenchResult: 2}  # a benchmark needs to know the rest
-        for each in sorted(inputs, key=lambda one: order[type(one.result)]):
+        order: dict[type, int] = {StudyResult: 1, BenchResult: 2}  # folders first; a benchmark needs to know the rest
+        for each in sorted(inputs, key=lambda one: order.get(type(one.result), 0)):
             if isinstance(each.result, StudyResult):
                 self._study(each.name, each.result)
             elif isinstance(each.result, BenchResult):
@@ -143,7 +143,7 @@ class Collector:
         members.append(len(self.result.models) - 1)
         return members[-1]
 
-    def _folder(self, each: Input, found: PruneResult | RecoverResult) -> None:
+    def _folder(self, each: Input, found: PruneResult | RecoverResult | ConvertResult) -> None:
         told = found.source
         title = str(told.get("name") or told.get("model") or "the dense model")
         source = self._source(title, str(told.get("sha256") or ""), _names(str(told.get("model") or "")))
@@ -154,8 +154,8 @@ class Collector:
         if dense is not None:
             self._add(source, protocol, ReportModel(f"{title} (dense)", "dense", each.name, _measured(dense, dense)))
         model = ReportModel(
-            each.name, "pruned", each.name, _measured(found.after, dense), command_of(found, each.name),
-            settings_of(found),
+            each.name, "other" if isinstance(found, ConvertResult) else "pruned", each.name,
+            _measured(found.after, dense), command_of(found, each.name), settings_of(found),
         )  # fmt: skip
         model.values["seconds"] = found.seconds
         if "perplexity" not in model.values and not found.after.accuracy:

@@ -8,22 +8,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.errors import SecateurError
-from secateur.plugins import describe
+from secateur.plugins import Option, describe
 from secateur.recipe import Recipe
-from secateur.result import PruneResult, RecoverResult
+from secateur.result import ConvertResult, PruneResult, RecoverResult
 from secateur.training import Training
 
 NESTED = ("method_options", "allocation_options", "overrides")
 """Fields of a recipe whose values are not said by one flag."""
 
 
-def command_of(result: PruneResult | RecoverResult, out: str) -> str:
+def command_of(result: PruneResult | RecoverResult | ConvertResult, out: str) -> str:
     """The command, with flags only for what is not the default.
 
     Args:
         out: name of the folder it shall write.
     """
-    if isinstance(result, PruneResult):
+    if isinstance(result, ConvertResult):
+        flags = [word for name, value in settings_of(result).items() for word in _words(name, value)]
+        model, verb = str(result.source.get("model") or "MODEL"), "convert"
+        flags = ["--to", result.conversion, *flags]
+    elif isinstance(result, PruneResult):
         model, verb = str(result.source.get("model") or "MODEL"), "prune"
         flags = _flags(Recipe, {k: v for k, v in result.recipe.items() if k not in NESTED})
         flags += _options(result.recipe)
@@ -35,10 +39,29 @@ def command_of(result: PruneResult | RecoverResult, out: str) -> str:
     return shlex.join(["secateur", verb, model, "-o", out, *flags])
 
 
-def settings_of(result: PruneResult | RecoverResult) -> dict[str, Any]:
+def settings_of(result: PruneResult | RecoverResult | ConvertResult) -> dict[str, Any]:
     """The settings that are not the default, by name."""
+    if isinstance(result, ConvertResult):
+        known = {option.name: option.default.strip("'\"") for option in _conversion_options(result.conversion)}
+        known |= {name: str(value) for name, value in Recipe().to_dict().items()}
+        changed = {name: value for name, value in result.options.items() if known.get(name) != str(value)}
+        return {name: value for name, value in changed.items() if value not in (None, [], False)}
     cls, data = (Recipe, result.recipe) if isinstance(result, PruneResult) else (Training, result.settings)
     return {name: value for name, value in _changed(cls, data).items() if name not in NESTED}
+
+
+def _conversion_options(name: str) -> tuple[Option, ...]:
+    try:
+        return describe("conversions", name, "conversion").options
+    except SecateurError:  # one that this version does not have
+        return ()
+
+
+def _words(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag]
+    return [word for one in (value if isinstance(value, list) else [value]) for word in (flag, str(one))]
 
 
 def _changed(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:

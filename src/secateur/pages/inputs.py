@@ -9,12 +9,13 @@ from pathlib import Path
 from secateur.bench_result import BenchResult
 from secateur.errors import UsageError
 from secateur.pages.decode import EXPECTED, decode, read_json
-from secateur.result import RESULT_FILE, PruneResult, RecoverResult
+from secateur.result import RESULT_FILE, ConvertResult, PruneResult, RecoverResult
 from secateur.study_result import StudyResult
 
-Result = PruneResult | RecoverResult | StudyResult | BenchResult
+Result = PruneResult | RecoverResult | ConvertResult | StudyResult | BenchResult
 MARKS: dict[type[Result], tuple[str, ...]] = {
     PruneResult: ("recipe", "matrices", "before", "after"),
+    ConvertResult: ("conversion", "matrices", "before", "after"),
     RecoverResult: ("student", "settings", "before", "after"),
     StudyResult: ("objectives", "trials"),
     BenchResult: ("runtime", "against"),
@@ -60,7 +61,7 @@ def _read(path: Path) -> Result:
         file = path / RESULT_FILE
         if not file.is_file():
             raise UsageError(
-                f"{path} has no {RESULT_FILE}: prune and recover write one beside the model", hint=EXPECTED
+                f"{path} has no {RESULT_FILE}: prune, recover and convert write one beside the model", hint=EXPECTED
             )
     elif not path.exists():
         raise UsageError(f"no such file or folder: {path}", hint=EXPECTED)

@@ -1,40 +1,50 @@
-"""Tells transformers of the sparse format in the moment in which it is imported: ``import secateur`` stays light.
+"""Tells transformers of our formats in the moment in which it is imported: ``import secateur`` stays light.
 
-transformers has a registry of ways to store weights, in `transformers.quantizers.auto`, and no entry points for it.
-Where that module is there already, we register at once. Otherwise a finder in `sys.meta_path` waits for its import,
-takes itself away, lets the import go on as ever, and registers when it is done. It looks at no other module.
+transformers has registries of ways to store weights and of types of configs, and no entry points for them. Our modules
+that register themselves follow the modules that hold the registries: where one of these is there already, ours is
+imported at once. Otherwise a finder in `sys.meta_path` waits for its import, lets that go on as ever, and has ours
+imported when it is done. It looks at no other module, and takes itself away after the last one.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 
-REGISTRY = "transformers.quantizers.auto"
+FOLLOWERS: Mapping[str, Sequence[str]] = {
+    "transformers.models.auto.configuration_auto": ("secateur.layers.config",),
+    "transformers.quantizers.auto": ("secateur.runtime.quantizer", "secateur.layers.loader"),
+}
+"""Module of transformers -> ours that register with it when they are imported."""
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module, as the finders behind it do, and has it loaded by `_Loader`."""
+    """Finds the modules that are waited for, as the finders behind it do, and has them loaded by `_Loader`."""
+
+    def __init__(self, waiting: Sequence[str]) -> None:
+        self._waiting = set(waiting)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != REGISTRY:
+        if fullname not in self._waiting:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._waiting.discard(fullname)
+        if not self._waiting:
+            sys.meta_path.remove(self)
+        spec = find_spec(fullname)  # comes by here once more, and is not waited for any longer
         if spec is not None and spec.loader is not None:
             spec.loader = _Loader(spec.loader)
         return spec
 
 
 class _Loader(Loader):
-    """Loads by another loader, then registers."""
+    """Loads by another loader, then has the followers imported."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -48,16 +58,19 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        _register()
+        _follow(module.__name__)
 
 
 def install() -> None:
-    """Register now if transformers is there, else when it comes. Calling it again does nothing."""
-    if REGISTRY in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    """Register with what is there of transformers now, with the rest when it comes. Calling it again does nothing."""
+    for name in FOLLOWERS:
+        if name in sys.modules:
+            _follow(name)
+    waiting = [name for name in FOLLOWERS if name not in sys.modules]
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))
 
 
-def _register() -> None:
-    importlib.import_module("secateur.runtime.quantizer").register()
+def _follow(name: str) -> None:
+    for follower in FOLLOWERS[name]:
+        importlib.import_module(follower)

@@ -1,4 +1,4 @@
-"""The plug-in by which transformers loads the sparse format. Importing it takes transformers; `hook` says when."""
+"""The plug-in by which transformers loads the sparse format. Importing it registers it; `hook` says when."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -94,15 +95,6 @@ class SparseQuantizer(HfQuantizer):
         )
 
 
-def register() -> None:
-    """Enter the plug-in in the registry of transformers, once."""
-    from transformers.quantizers import auto
-
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(METHOD)(SparseConfig)
-        auto.register_quantizer(METHOD)(SparseQuantizer)
-
-
 def _check_files(header: Header, files: Sequence[str]) -> None:
     """The headers of the files against that of the format, before a tensor is read."""
     stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
@@ -158,3 +150,8 @@ def _tie(model: Any) -> None:
                     for target, source in own.items()
                     if not any(name == target or name.endswith(f".{target}") for name in gone)
                 }
+
+
+if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+    auto.register_quantization_config(METHOD)(SparseConfig)
+    auto.register_quantizer(METHOD)(SparseQuantizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from secateur.result import RESULT_FILE, ExportResult, Measured, PruneResult, RecoverResult
+from secateur.result import RESULT_FILE, ConvertResult, ExportResult, Measured, PruneResult, RecoverResult
 
 
 def write_card(folder: Path, result: PruneResult) -> None:
@@ -56,18 +56,39 @@ def write_export_card(folder: Path, result: ExportResult) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _write(folder: Path, result: PruneResult | RecoverResult, what: str, rest: str) -> None:
+ORDINARY = "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it, secateur is not needed."
+
+
+def write_conversion_card(folder: Path, result: ConvertResult) -> None:
+    """The same for a model whose layers were converted, or for the difference of one."""
+    what = (
+        f"`{result.source['name']}`, converted by [secateur](https://pypi.org/project/secateur/): {result.conversion}, "
+        + ", ".join(f"{name} {value}" for name, value in result.options.items() if value not in (None, [], "auto"))
+        + "."
+    )
+    how = ORDINARY
+    if result.options.get("format") == "delta":
+        how = "It is no model by itself: `secateur convert FOLDER --to fused --base BASE -o MODEL` makes one."
+    elif any(matrix.kind != "dense" for matrix in result.matrices):
+        how = "`import secateur` first; then `AutoModel...from_pretrained` loads it. No code is in the folder."
+    _write(folder, result, what, "All settings, versions, hashes and the result for every matrix are", "converted", how)
+
+
+def _write(
+    folder: Path, result: PruneResult | RecoverResult | ConvertResult, what: str, rest: str,
+    tags: str = "pruned, sparse", how: str = ORDINARY,
+) -> None:  # fmt: skip
     lines = [
         "---",
         "library_name: transformers",
-        "tags: [pruned, sparse, secateur]",
+        f"tags: [{tags}, secateur]",
         "---",
         "",
         f"# {Path(result.out).name}",
         "",
         what,
         "",
-        "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it, secateur is not needed.",
+        how,
         "",
         "| | before | after |",
         "|---|---|---|",

@@ -28,7 +28,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "split": job.shape.split.record if job.shape.split else None,
         "source_sha256": job.source_hash,
         "calibration": job.calibration.protocol,
-        "calibration_sha256": _digest_of(job.calibration.batches),
+        "calibration_sha256": digest_of(job.calibration.batches),
         "config_sha256": config_digest(job.source),
         "device": str(job.device),
         "compute_dtype": str(job.compute),
@@ -42,7 +42,7 @@ def config_digest(source: Source) -> str:
     return hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest()
 
 
-def _digest_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
+def digest_of(batches: Sequence[Mapping[str, torch.Tensor]]) -> str:
     """Hex sha256 of all calibration inputs: the same text, cut by the same tokenizer."""
     digests = [f"{name}:{tensor.dtype}:{tuple(tensor.shape)}:{tensor_digest(tensor.cpu())}" for batch in batches
                for name, tensor in sorted(batch.items())]  # fmt: skip

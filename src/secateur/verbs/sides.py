@@ -38,6 +38,8 @@ class Sides:
     after: Measured
     verdict: list[str] = field(default_factory=list)
     protocol: dict[str, Any] = field(default_factory=dict)
+    decode: Ratio | None = None
+    """Speeds of decoding, where they were measured."""
 
 
 def measure_sides(
@@ -83,7 +85,7 @@ def measure_sides(
             f"Both sides are compared as {after.dtype}: the model came quantised ({source.original_format}, "
             f"{source.original_bytes:,} bytes), and pruning works on the numbers it stands for."
         )
-    return Sides(before, after, said, protocol)
+    return Sides(before, after, said, protocol, ratio)
 
 
 def check_measurable(skeleton: transformers.PreTrainedModel, data: str) -> None:

@@ -54,6 +54,20 @@ def correction_sentences(matrices: Sequence[PrunedMatrix]) -> list[str]:
     ]
 
 
+def conversion_sentences(
+    told: Sequence[str], before: Measured, after: Measured, decode: Ratio | None, *, needs_training: bool
+) -> list[str]:
+    """What a conversion says of itself, then quality, size, memory and speed, as far as they were measured."""
+    said = [*told, *_quality(before, after), _size(before, after, 0.0)]
+    if before.bytes_resident and after.bytes_resident:
+        said.append(_memory(before.bytes_resident, after.bytes_resident, 0.0))
+    if decode is not None:
+        said.append(_speed(decode, smaller=True))
+    if needs_training:
+        said.append("Train it before use: secateur recover OUT --dense.")
+    return said
+
+
 def recovery_sentences(
     teacher: Measured | None, before: Measured, after: Measured, training: Mapping[str, Any],
     *, checked: bool,

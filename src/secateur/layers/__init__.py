@@ -1,0 +1,1 @@
+"""The layers of converted models, and how transformers puts them in place when it opens a folder."""
