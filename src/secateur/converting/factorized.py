@@ -89,7 +89,7 @@ class _Factorize:
 
 def dense(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> Tensor:
     """The matrix (out, in) that the tensors of a layer stand for."""
-    made: Tensor = importlib.import_module(f"secateur.runtime.{entry['kind']}").dense(tensors, entry)
+    made: Tensor = importlib.import_module(f"secateur.layers.{entry['kind']}").dense(tensors, entry)
     return made
 
 
@@ -131,7 +131,7 @@ class FactorizeWork:
                 if spec.name not in ranks:
                     continue
                 entry = self._conversion.entry(spec.name, (spec.out_features, spec.in_features), ranks[spec.name])
-                kind = importlib.import_module(f"secateur.runtime.{entry['kind']}")
+                kind = importlib.import_module(f"secateur.layers.{entry['kind']}")
                 shapes = kind.shapes(spec.out_features, spec.in_features, entry)
                 role = (block.row, spec.name.removeprefix(block.name), *spec.shape)
                 owner = owners.get(role) if central is not None else None
