@@ -52,7 +52,7 @@ pytestmark = pytest.mark.usefixtures("cache")
         (UsageError, "device|warp", {"device": "warp"}),
         (UsageError, "sequence length 300|256", {"sequence_length": 300}),
         (UsageError, "tokens 63|no step|2 x 32|64", {"tokens": 63}),
-        (UsageError, "tokens 127|no step", {"mode": "blocks", "tokens": 127}),
+        (UsageError, "tokens 31|no step", {"mode": "blocks", "tokens": 31}),
         (UsageError, "--loss labels|language model", {"loss": "features"}),
         (CalibrationError, "no labels|--data", {"loss": "labels", "data": "builtin"}),
         (CalibrationError, "missing.txt", {"data": "missing.txt"}),

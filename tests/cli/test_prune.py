@@ -69,6 +69,7 @@ FLAGS = {
     "round_to": (["--structure", "ffn", "--round-to", "8"], 8),
     "update": (["--structure", "ffn", "--no-update"], False),
     "refit": (["--no-refit"], False),
+    "error_correction": (["--error-correction", "auto"], "auto"),
     "allocation": (["--allocation", "other"], "other"),
     "allocation_options": (["--allocation-option", "spread=0.1"], {"spread": "0.1"}),
     "calibration": (["--calibration", "text.txt"], "text.txt"),
@@ -121,6 +122,7 @@ def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
         "round_to": 99,
         "update": True,
         "refit": True,
+        "error_correction": 0.25,
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps({field: in_file.get(field, "file"), **BESIDE.get(field, {})}))

@@ -111,10 +111,15 @@ def test_libraries_cannot_disturb_the_answers(folder, tmp_path):
     assert done.stdout.startswith('{"ok": true')
 
 
-def test_the_worker_never_imports_secateur():
-    script = compare.Path(compare.__file__).with_name("worker.py").read_text()
-    assert "import secateur" not in script
-    assert "from secateur" not in script
+def test_the_worker_needs_no_secateur_for_a_stock_folder(tmp_path, monkeypatch):
+    """What it reports is what anybody gets: another secateur, which would leave a mark, is never imported."""
+    (tmp_path / "path" / "secateur").mkdir(parents=True)
+    mark = tmp_path / "imported"
+    (tmp_path / "path" / "secateur" / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    with Worker(save_tiny(tmp_path / "llama", "llama"), "float32", threads=1) as worker:
+        assert worker.ask("load")["class"] == "LlamaForCausalLM"
+    assert not mark.exists()
 
 
 def test_other_models_open_by_their_own_class(tmp_path):

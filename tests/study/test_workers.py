@@ -19,14 +19,14 @@ def hopeless_task(number: int, folder: Path) -> Task:
     """One that fails as soon as it begins: its model is not there."""
     return Task(
         number=number, model=str(folder / "nothing"), dense="", recipe={"method": "magnitude"}, training=None,
-        out=str(folder / f"out-{number}"), windows="",
+        out=str(folder / f"out-{number}"), choice="",
     )  # fmt: skip
 
 
 def test_tasks_and_outcomes_travel_as_json():
     task = Task(
-        number=3, model="m", dense="d", recipe={"sparsity": 0.1 + 0.2}, training=None, out="o", windows="w",
-        prompt=(1, 2), bar={"windows": 2, "factor": 3.0, "limits": [["a", 1.0]]},
+        number=3, model="m", dense="d", recipe={"sparsity": 0.1 + 0.2}, training=None, out="o", choice="w",
+        bar={"windows": 2, "factor": 3.0, "limits": [["a", 1.0]]},
     )  # fmt: skip
     assert Task.from_json(task.to_json()) == task
     outcome = Outcome("stopped", {"perplexity": None, "sparsity": 0.1}, {"w": 0.5}, "why", 1.5, ["careful"])

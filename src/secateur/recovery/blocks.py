@@ -51,7 +51,7 @@ class BlockRecovery(PairedStream[DenseOutput]):
 
     training: BlockTraining = field(default_factory=BlockTraining)
     losses: dict[int, tuple[float, float]] = field(default_factory=dict)
-    """Block index -> mean relative squared error over its first and its last epoch."""
+    """Block index -> mean relative squared error over the first and the last quarter of its training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,12 +90,11 @@ class BlockRecovery(PairedStream[DenseOutput]):
         handles = held.watch_gradients(self.model)
         per_epoch = math.ceil(len(lanes) / options.batches)
         total, step = options.epochs * per_epoch, 0
-        errors: list[float] = []
+        seen: list[float] = []
         generator = torch.Generator().manual_seed(derived_seed(self.seed, block.name))
         try:
             for _ in range(options.epochs):
                 order = torch.randperm(len(lanes), generator=generator).tolist()
-                losses = []
                 for start in range(0, len(order), options.batches):
                     started = time.monotonic()
                     chosen = order[start : start + options.batches]
@@ -105,8 +104,8 @@ class BlockRecovery(PairedStream[DenseOutput]):
                             (loss / len(chosen)).backward()
                         self.store.park(lanes[index].watcher)
                         self.store.park(self.targets[index].watcher)
-                        losses.append(float(loss))
-                    if not math.isfinite(sum(losses)):
+                        seen.append(float(loss))
+                    if not all(map(math.isfinite, seen[-len(chosen) :])):
                         raise RunError(
                             f"the loss of {block.name} is not finite at its step {step + 1}",
                             hint=_SMALLER,
@@ -119,11 +118,11 @@ class BlockRecovery(PairedStream[DenseOutput]):
                     step += 1
                     if step == 2 or total == 1:  # the first one warms up
                         self._tell(time.monotonic() - started, total, parameters)
-                errors.append(sum(losses) / len(losses))
         finally:
             for handle in handles:
                 handle.remove()
-        self.losses[block.index] = (errors[0], errors[-1])
+        quarter = max(1, len(seen) // 4)
+        self.losses[block.index] = (sum(seen[:quarter]) / quarter, sum(seen[-quarter:]) / quarter)
         for name in trained:
             made = self.model.get_parameter(name).detach().cpu().to(self.output_dtype(name))
             if not torch.isfinite(made).all():

@@ -96,7 +96,7 @@ def _rows(batch_size: int, length: int) -> int:
 
 
 def _block_errors(ledger: Ledger) -> dict[str, list[float]]:
-    """Mean error of each block over its first and its last epoch, those before a kill among them."""
+    """Mean error of each block over the first and the last quarter of its training, those before a kill among them."""
     last = {step["block"]: step["matrices"][-1] for step in ledger.steps if step["matrices"]}
     return {
         str(index): [float(matrix["notes"][-1]), matrix["loss"]]
