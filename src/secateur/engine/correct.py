@@ -34,12 +34,9 @@ class DenseInputs(Spilled):
         self.inputs: dict[str, torch.Tensor] = {}
 
     def keep(self, event: AtMatrix) -> None:
-        """Note an input. Matrices with the same input share one copy."""
-        with torch._C.DisableTorchFunction():
-            kept = next((one for one in self.inputs.values() if one is event.input), event.input)
-        if kept is event.input:
-            self.watcher.remember(kept)
-        self.inputs[event.name] = kept
+        """Note an input; matrices with the same one hold the same tensor."""
+        self.watcher.remember(event.input)
+        self.inputs[event.name] = event.input
 
 
 @dataclass
@@ -52,7 +49,6 @@ class CorrectingStream(PairedStream[DenseInputs]):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.observes_dense = True
-        self._batches = 0
 
     def run(self, batches: list[Inputs], probe: Inputs | None = None) -> StreamResult:  # type: ignore[override]
         """As `BlockStream.run`, with a dense forward for every batch."""
