@@ -1,6 +1,7 @@
 #include "pool.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <system_error>
@@ -16,7 +17,7 @@
 namespace {
 
 constexpr int MOST = 256;
-// Looks at the flag for about 50 microseconds before sleeping: calls of one token follow each other within that time.
+// Looks at the gate for about 50 microseconds before sleeping: calls of one token follow each other within that time.
 constexpr int LOOKS = 2000;
 constexpr int PIECES = 4;  // a thread: one that is held up leaves its pieces to the others
 
@@ -28,18 +29,21 @@ inline void relax() {
 #endif
 }
 
+// The gate of the pool is one number, so that it is read and changed in one go: threads inside (bits 0 to 15), threads
+// that may still come in (16 to 31), and the number of the round.
+constexpr uint64_t INSIDE = 0xffffu, TICKETS = 0xffff0000u, TICKET = 0x10000u;
+constexpr uint64_t round_of(uint64_t gate) { return gate >> 32; }
+
 struct Pool {
   std::mutex busy;  // held by the caller whose work is done
   int made = 0;     // threads besides the callers; changed under busy
 
-  // The work at hand. Written before `round` is raised, read after it was seen raised.
+  // The work at hand. Written while nobody is inside and nobody may come in; read by threads that are inside.
   Work work = nullptr;
   void *context = nullptr;
   int64_t units = 0, step = 0;
-  int helpers = 0;
   alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int> running{0};
-  alignas(64) std::atomic<uint64_t> round{0};
+  alignas(64) std::atomic<uint64_t> gate{0};
 
   std::mutex sleep;
   std::condition_variable wake;
@@ -53,80 +57,79 @@ struct Pool {
     }
   }
 
-  // Waits until a round after `seen`, which it returns.
-  uint64_t wait(uint64_t seen) {
+  bool open(uint64_t seen) const {
+    const uint64_t now = gate.load(std::memory_order_acquire);
+    return (now & TICKETS) != 0 && round_of(now) != seen;
+  }
+
+  void wait(uint64_t seen) {
     for (int look = 0; look < LOOKS; ++look) {
-      const uint64_t now = round.load(std::memory_order_acquire);
-      if (now != seen) return now;
+      if (open(seen)) return;
       relax();
     }
     std::unique_lock<std::mutex> lock(sleep);
     ++asleep;
-    wake.wait(lock, [&] { return round.load(std::memory_order_acquire) != seen; });
+    wake.wait(lock, [&] { return open(seen); });
     --asleep;
-    return round.load(std::memory_order_acquire);
   }
 
-  void loop(int number, uint64_t seen) {
+  void loop() {
+    uint64_t seen = 0;
     for (;;) {
-      seen = wait(seen);
-      // A round ends only when all its helpers have ended, so that `helpers` is that of the round seen. A thread that
-      // is none of them may come late and see a later one: it must not touch anything else.
-      if (number >= (round_helpers(seen))) continue;
+      wait(seen);
+      uint64_t now = gate.load(std::memory_order_acquire);
+      bool in = false;
+      while (!in && (now & TICKETS) != 0)
+        in = gate.compare_exchange_weak(now, now - TICKET + 1, std::memory_order_acq_rel, std::memory_order_acquire);
+      seen = round_of(now);
+      if (!in) continue;
       pieces();
-      running.fetch_sub(1, std::memory_order_release);
+      gate.fetch_sub(1, std::memory_order_release);
     }
   }
 
-  // The helpers of a round are in its number, so that they are read with it in one go.
-  static int round_helpers(uint64_t round) { return static_cast<int>(round & 0xffff); }
-
-  bool grow(int wanted) {
+  void grow(int wanted) {
     while (made < wanted) {
       try {
-        std::thread(&Pool::loop, this, made, round.load()).detach();
+        std::thread(&Pool::loop, this).detach();
       } catch (const std::system_error &) {
-        break;
+        return;  // the machine has no more; those that are there do the work
       }
       ++made;
     }
-    return made > 0;
   }
 
   void run(int64_t count, int64_t piece, int threads, Work job, void *with) {
-    const int wanted = threads - 1;
     if (!busy.try_lock()) {
       job(with, 0, count);
       return;
     }
     std::lock_guard<std::mutex> held(busy, std::adopt_lock);
-    if (made < wanted) grow(wanted);
-    const int found = made < wanted ? made : wanted;
-    if (found == 0) {
-      job(with, 0, count);
-      return;
-    }
+    const int wanted = threads - 1;
+    grow(wanted);
+    const int helpers = made < wanted ? made : wanted;
     work = job;
     context = with;
     units = count;
     step = piece;
     next.store(0, std::memory_order_relaxed);
-    running.store(found, std::memory_order_relaxed);
+    const uint64_t round = (round_of(gate.load(std::memory_order_relaxed)) + 1) & 0xffffffffu;
     bool sleepers;
     {
-      // Under the lock, or a thread could go to sleep between our look and the new round.
+      // Under the lock, or a thread could go to sleep between its look and the new round.
       std::lock_guard<std::mutex> lock(sleep);
-      round.store(((round.load(std::memory_order_relaxed) >> 16) + 1) << 16 | static_cast<uint64_t>(found),
-                  std::memory_order_release);
+      gate.store(round << 32 | static_cast<uint64_t>(helpers) * TICKET, std::memory_order_release);
       sleepers = asleep > 0;
     }
     if (sleepers) wake.notify_all();
     pieces();
-    for (int look = 0; running.load(std::memory_order_acquire) != 0; ++look) {
+    // Nobody comes in any more; a thread that has not woken up is not waited for.
+    gate.fetch_and(~TICKETS, std::memory_order_acq_rel);
+    for (int look = 0; (gate.load(std::memory_order_acquire) & INSIDE) != 0; ++look) {
       if (look < LOOKS)
         relax();
       else
-        std::this_thread::yield();
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
   }
 };

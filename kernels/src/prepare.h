@@ -36,7 +36,7 @@ float round_to_int8(int8_t *to, const float *x, int64_t count) {
   const uint32_t most = largest(x, count);
   // Below 2^-100 the factor could overflow; such numbers are zero beside any other.
   if (most >= 0x7f800000u || most < 0x0d800000u) {
-    memset(to, 0, static_cast<size_t>(count));
+    for (int64_t c = 0; c < count; ++c) to[c] = 0;
     return most >= 0x7f800000u ? bits_float(0x7fc00000u) : 0.0f;
   }
   const float factor = 127.0f / bits_float(most);
