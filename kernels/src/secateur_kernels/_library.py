@@ -1,4 +1,4 @@
-"""The shared library: found beside this file, opened by ctypes, which needs no headers of Python and fits any version."""
+"""The shared library beside this file, opened by ctypes, which needs no headers of Python and fits any version."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The kernels as operators of PyTorch, ``torch.ops.secateur``, with shapes for tracing, so that compiling works.
 
-They are defined whether the wheel is there or not; running one takes it (`secateur.runtime.kernels`). Products of several
-matrices with one input belong here too: ``secateur_kernels.linear_many`` has them already.
+They are defined whether the wheel is there or not; running one takes it (`secateur.runtime.kernels`). Products of
+several matrices with one input belong here too: ``secateur_kernels.linear_many`` has them already.
 """
 
 from __future__ import annotations
@@ -34,7 +34,12 @@ _MOST_DESCRIBED = 4096
 
 
 def _describe(
-    values: Tensor, pattern: Tensor | None, scales: Tensor | None, starts: Tensor | None, bias: Tensor | None, *layout: int
+    values: Tensor,
+    pattern: Tensor | None,
+    scales: Tensor | None,
+    starts: Tensor | None,
+    bias: Tensor | None,
+    *layout: int,
 ) -> Any:
     key = (
         values.data_ptr(),
@@ -157,9 +162,7 @@ def linear(
 
 def unpack(entry: Entry, tensors: Tensors, starts: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Rows of the matrix, (last - first, columns): the numbers of `secateur.packing.unpack.unpack_rows`."""
-    found: Tensor = torch.ops.secateur.unpack_rows(
-        *_parts(entry, tensors, starts), *_layout(entry), first, last, dtype
-    )
+    found: Tensor = torch.ops.secateur.unpack_rows(*_parts(entry, tensors, starts), *_layout(entry), first, last, dtype)
     return found
 
 

@@ -78,8 +78,8 @@ class SparseQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.check(name)
         if reason := find().reason:
             logger.warning_once(
-                "The sparse weights of this model are unpacked by PyTorch each time they are used: it computes what the "
-                f"dense model computes, in less memory, but slowly ({reason})."
+                "The sparse weights of this model are unpacked by PyTorch each time they are used: it computes what "
+                f"the dense model computes, in less memory, but slowly ({reason})."
             )
         return model
 
