@@ -2,7 +2,7 @@
 
 Tensors are those of PyTorch, or anything that has ``dtype``, ``shape``, ``is_contiguous()`` and ``data_ptr()`` as they
 do; nothing of PyTorch is imported. A matrix is described once, by `describe`, which checks it; the products take
-that description. Whoever describes a matrix keeps its tensors alive.
+that description.
 """
 
 from secateur_kernels._library import ABI, KernelError, read, use, variant, variants

@@ -23,12 +23,12 @@ _codes: dict[Any, int] = {}
 
 
 class Matrix:
-    """A matrix that passed all checks. It holds addresses: its tensors must live, and stay where they are."""
+    """A matrix that passed all checks, by the addresses of its tensors, which it keeps alive unless told not to."""
 
-    __slots__ = ("columns", "data", "rows")
+    __slots__ = ("columns", "data", "held", "rows")
 
-    def __init__(self, data: bytes, rows: int, columns: int) -> None:
-        self.data, self.rows, self.columns = data, rows, columns
+    def __init__(self, data: bytes, rows: int, columns: int, held: tuple[Any, ...]) -> None:
+        self.data, self.rows, self.columns, self.held = data, rows, columns, held
 
 
 def describe(
@@ -44,6 +44,7 @@ def describe(
     starts: Any = None,
     bias: Any = None,
     whole: bool = True,
+    hold: bool = True,
 ) -> Matrix:
     """Check the tensors of a matrix and write down where they are.
 
@@ -55,6 +56,7 @@ def describe(
         starts: int64, (rows + 1,): where the values of each row of a mask begin.
         bias: (rows,), float32, bfloat16 or float16.
         whole: also read the whole pattern, as must be done once for tensors that nobody has checked.
+        hold: keep the tensors alive; False where the caller does.
 
     Raises:
         KernelError: naming what does not fit.
@@ -95,7 +97,7 @@ def describe(
     )
     if whole and (status := _library.check(data)):
         raise refused(status)
-    return Matrix(data, rows, columns)
+    return Matrix(data, rows, columns, (values, pattern, scales, starts, bias) if hold else ())
 
 
 def linear(matrix: Matrix, x: Any, out: Any, activations: int = 0, threads: int = 1) -> None:

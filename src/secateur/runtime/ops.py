@@ -67,6 +67,7 @@ def _describe(
             starts=starts,
             bias=bias,
             whole=False,
+            hold=False,
         )
         if len(_described) >= _MOST_DESCRIBED:
             _described.clear()
