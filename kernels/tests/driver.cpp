@@ -1,4 +1,6 @@
-// Every kernel against a plain reference, on buffers of exactly the size of the format, under AddressSanitizer and UBSan.
+// Every kernel against a plain reference, on buffers of exactly the size of the format. Under AddressSanitizer and UBSan
+// those are guarded by it; in a build without them each ends at a page that cannot be read, so that the very code of the
+// library is held to its bounds, too.
 //
 //   driver [QUICK]    without an argument all columns from 1 to 130
 //
@@ -12,6 +14,10 @@
 #include <random>
 #include <vector>
 
+#if defined(__unix__)
+#include <sys/mman.h>
+#endif
+
 #include "scalar.h"
 #include "secateur_kernels.h"
 
@@ -20,11 +26,39 @@ namespace {
 std::mt19937 engine(1);
 double uniform() { return std::uniform_real_distribution<double>(0, 1)(engine); }
 
-// Memory of exactly n elements: what reads behind it is reported.
+// Memory of exactly n elements: what reads behind it is reported, or ends the program.
+#if defined(__SANITIZE_ADDRESS__) || !defined(__unix__)
+template <class T>
+using Memory = std::unique_ptr<T[]>;
+template <class T>
+Memory<T> memory(size_t n) {
+  return Memory<T>(n ? new T[n]() : nullptr);
+}
+#else
+struct Unmap {
+  size_t pages = 0;
+  void operator()(void *first) const {
+    // The first element lies in the first page.
+    munmap(reinterpret_cast<void *>(reinterpret_cast<uintptr_t>(first) / 4096 * 4096), pages);
+  }
+};
+template <class T>
+using Memory = std::unique_ptr<T[], Unmap>;
+template <class T>
+Memory<T> memory(size_t n) {
+  if (n == 0) return Memory<T>();
+  const size_t used = (n * sizeof(T) + 4095) / 4096 * 4096;
+  char *start = static_cast<char *>(
+      mmap(nullptr, used + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  if (start == MAP_FAILED || mprotect(start + used, 4096, PROT_NONE) != 0) abort();
+  return Memory<T>(reinterpret_cast<T *>(start + used - n * sizeof(T)), Unmap{used + 4096});
+}
+#endif
+
 template <class T>
 struct Exact {
-  std::unique_ptr<T[]> data;
-  explicit Exact(size_t n = 0) : data(n ? new T[n]() : nullptr) {}
+  Memory<T> data;
+  explicit Exact(size_t n = 0) : data(memory<T>(n)) {}
   explicit Exact(const std::vector<T> &from) : Exact(from.size()) {
     if (!from.empty()) memcpy(data.get(), from.data(), from.size() * sizeof(T));
   }

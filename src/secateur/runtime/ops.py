@@ -120,16 +120,18 @@ _library.impl("packed_linear", _packed_linear, "CPU")
 _library.impl("unpack_rows", _unpack_rows, "CPU")
 
 
-@torch.library.register_fake("secateur::packed_linear", lib=_library)
-def _(x: Tensor, values: Tensor, *others: Any) -> Tensor:
+def _shape_of_linear(x: Tensor, values: Tensor, *others: Any) -> Tensor:
     rows = others[5]  # pattern, scales, starts, bias, kind, rows
     return x.new_empty(*x.shape[:-1], rows)
 
 
-@torch.library.register_fake("secateur::unpack_rows", lib=_library)
-def _(values: Tensor, *others: Any) -> Tensor:
+def _shape_of_unpacked(values: Tensor, *others: Any) -> Tensor:
     columns, (first, last, dtype) = others[5], others[-3:]
     return values.new_empty(last - first, columns, dtype=dtype)
+
+
+torch.library.register_fake("secateur::packed_linear", _shape_of_linear, lib=_library)
+torch.library.register_fake("secateur::unpack_rows", _shape_of_unpacked, lib=_library)
 
 
 def runs(entry: Entry, inputs: Tensor) -> bool:
