@@ -45,7 +45,10 @@ install: $(VENV)/secateur ## Install secateur into .venv
 kernels: $(VENV)/secateur ## Build the CPU kernels and install them into .venv; needs a C++ compiler
 	$(PIP) install ./kernels
 
-kernels-sanitize: ## Run the kernels under AddressSanitizer and UBSan; needs CMake and a C++ compiler
+kernels-sanitize: ## Run the kernels on guarded memory, then under AddressSanitizer and UBSan; needs CMake and a C++ compiler
+	cmake -S kernels -B build/guarded -DSECATEUR_DRIVER=ON
+	cmake --build build/guarded --parallel 2 --target driver
+	build/guarded/driver $(ARGS)
 	cmake -S kernels -B build/sanitize -DSECATEUR_SANITIZE=ON
 	cmake --build build/sanitize --parallel 2 --target driver
 	build/sanitize/driver $(ARGS)
