@@ -122,6 +122,7 @@ struct Dense16 {
   W16 next(const sk_matrix &m, int64_t word) {
     const uint16_t *at = values + word * WORD;
     ahead(at);
+    ahead(at + WORD / 2);  // a word is two lines of a cache
     // What stands behind the row may be no number: it is not loaded.
     return load16(at, Tail ? static_cast<int>(m.columns - word * WORD) : WORD);
   }
