@@ -130,7 +130,8 @@ Packed pack(int kind, int bits, int type, int64_t rows, int64_t columns, int64_t
         else
           values.push_back(static_cast<uint8_t>(code & 15));
         half = bits == 4 && !half;
-        weight = static_cast<double>(code) * static_cast<double>(scale[static_cast<size_t>(group_size ? c / group_size : 0)]);
+        const size_t group = static_cast<size_t>(group_size ? c / group_size : 0);
+        weight = static_cast<double>(code) * static_cast<double>(scale[group]);
       }
       p.weights[static_cast<size_t>(r * columns + c)] = weight;
     }
@@ -156,7 +157,8 @@ void expect(bool good, const char *what, const sk_matrix &m, double density) {
   if (good) return;
   ++failures;
   printf("FAILED %s: %s, kind %d, bits %d, %lld x %lld, group %lld, density %g\n", what, sk_variant(), m.kind, m.bits,
-         static_cast<long long>(m.rows), static_cast<long long>(m.columns), static_cast<long long>(m.group_size), density);
+         static_cast<long long>(m.rows), static_cast<long long>(m.columns), static_cast<long long>(m.group_size),
+         density);
 }
 
 void products(const Packed &p, int tokens, int type, int activations, int threads, double density) {
