@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 torch_index = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: help install demo test lint bench coverage docs docs-check wheel clean
+.PHONY: help install kernels kernels-sanitize demo test lint bench bench-kernels coverage docs docs-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -42,6 +42,17 @@ $(VENV)/dev: $(VENV)/secateur
 
 install: $(VENV)/secateur ## Install secateur into .venv
 
+kernels: $(VENV)/secateur ## Build the CPU kernels and install them into .venv; needs a C++ compiler
+	$(PIP) install ./kernels
+
+kernels-sanitize: ## Run the kernels on guarded memory, then under AddressSanitizer and UBSan; needs CMake and a C++ compiler
+	cmake -S kernels -B build/guarded -DSECATEUR_DRIVER=ON
+	cmake --build build/guarded --parallel 2 --target driver
+	build/guarded/driver $(ARGS)
+	cmake -S kernels -B build/sanitize -DSECATEUR_SANITIZE=ON
+	cmake --build build/sanitize --parallel 2 --target driver
+	build/sanitize/driver $(ARGS)
+
 demo: $(VENV)/secateur ## Prune a real model twice, half of its weights and a fifth of its neurons, and compare on one page
 	$(BIN)/secateur prune demo -o $(OUT) --no-evaluate --overwrite $(ARGS)
 	$(BIN)/secateur prune demo -o $(OUT)-smaller --structure ffn --sparsity 0.2 --no-evaluate --overwrite
@@ -60,6 +71,9 @@ lint: $(VENV)/dev ## Style, types, import layers, generated docs
 
 bench: $(VENV)/dev ## Run every benchmark; results go to benchmarks/results
 	@set -e; cd benchmarks; for name in $(BENCHMARKS); do echo "== $$name"; ../$(BIN)/python $$name.py; done
+
+bench-kernels: $(VENV)/dev kernels ## Measure the CPU kernels on this machine; ARGS go to benchmarks/kernels.py
+	cd benchmarks; ../$(BIN)/python kernels.py $(ARGS)
 
 coverage: $(VENV)/dev ## Try every kind of pruning on every family of transformers; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.coverage --again

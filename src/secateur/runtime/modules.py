@@ -1,4 +1,4 @@
-"""Modules that keep their weight packed and unpack it while they run, a block of rows at a time."""
+"""Modules that keep their weight packed: the kernels multiply with it, or it is unpacked, a block of rows at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.nn import functional
 from secateur.errors import CheckpointError
 from secateur.packing.check import check
 from secateur.packing.layout import PARTS, Entry
-from secateur.packing.unpack import gather_rows, row_blocks, unpack, unpack_rows
+from secateur.packing.unpack import BLOCK, gather_rows, row_blocks, unpack, unpack_rows
+from secateur.runtime import kernels, ops
 
 
 class Packed(nn.Module):
@@ -33,6 +34,8 @@ class Packed(nn.Module):
         super().__init__()
         self.entry = entry
         self.dtype = dtype
+        self.activations: int | None = None
+        """How the kernels take activations; None without kernels."""
         for part, (kind, shape) in entry.parts().items():
             self.register_buffer(part, torch.empty(shape, dtype=kind))
 
@@ -49,6 +52,7 @@ class Packed(nn.Module):
         if any(tensor.is_meta for tensor in self.tensors().values()):
             raise CheckpointError(f"packed matrix {name} was not loaded", hint="its tensors are not in the checkpoint")
         self.register_buffer("starts", check(name, self.entry, self.tensors()), persistent=False)
+        self.activations = None if kernels.find().module is None else kernels.activations()
 
     @property
     def weight(self) -> Tensor:
@@ -71,9 +75,13 @@ class Packed(nn.Module):
             (..., rows).
         """
         tensors, dtype = self.tensors(), inputs.dtype
+        fast = self.activations is not None and ops.runs(self.entry, inputs)
+        if self.activations is not None and fast and inputs.numel() <= ops.TOKENS * self.entry.columns:
+            return ops.linear(self.entry, tensors, self.starts, inputs, bias, self.activations)
+        rows_of = ops.unpack if fast else unpack_rows
         parts = []
-        for first, last in row_blocks(self.entry):
-            rows = unpack_rows(self.entry, tensors, self.starts, first, last, dtype)
+        for first, last in row_blocks(self.entry, ops.BLOCK if fast else BLOCK):
+            rows = rows_of(self.entry, tensors, self.starts, first, last, dtype)
             own = None if bias is None else bias[first:last].to(dtype)
             parts.append(functional.linear(inputs, rows, own))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateur.checkpoint.reader import read_header
 from secateur.errors import CheckpointError, UnsafeCheckpointError, UnsupportedModelError
 from secateur.packing.header import METHOD, Header, check_places
+from secateur.runtime.kernels import find
 from secateur.runtime.modules import Packed, TiedEmbedding, TiedLinear, packed_for
 
 logger = logging.get_logger(__name__)
@@ -76,10 +77,11 @@ class SparseQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, Packed):
                 module.check(name)
-        logger.warning_once(
-            "The sparse weights of this model are unpacked by PyTorch each time they are used: it computes what the "
-            "dense model computes, in less memory, but slowly."
-        )
+        if reason := find().reason:
+            logger.warning_once(
+                "The sparse weights of this model are unpacked by PyTorch each time they are used: it computes what "
+                f"the dense model computes, in less memory, but slowly ({reason})."
+            )
         return model
 
     def is_serializable(self) -> bool:
