@@ -40,6 +40,7 @@ def plain(**changes: Any) -> dict[str, Any]:
         },
         "space": {"method": "wanda", "sparsity": [0.2, 0.4, 0.6]},
         "objectives": {"perplexity": "minimize", "nonzero": "minimize"},
+        "speed": "asked",
     }  # fmt: skip
     return {key: value for key, value in {**study, **changes}.items() if value is not None}
 

@@ -16,6 +16,7 @@ from secateur.errors import Interrupted, StudyError
 from secateur.study import run_study, study_status
 from secateur.study.trial import Outcome
 from secateur.study_result import StudyResult
+from secateur.verbs.report import report
 from tests.formats.tokenizers import ROWS, byte_level
 from tests.models import save_tiny
 from tests.study.studies import StandIn, write_study
@@ -60,6 +61,24 @@ def test_the_dense_model_in_other_formats_stands_beside_the_trials(place, trials
         assert one.values["nll_per_token"] == pytest.approx(dense.values["nll_per_token"], abs=0.05)
         assert one.values["flops_per_token"] == dense.values["flops_per_token"]
     assert eight.command == f"secateur export {folder} -o baseline-q8_0.gguf --quantize q8_0"
+
+
+def test_baselines_and_finalists_are_timed_though_nothing_asks_for_speed(place, trials):
+    result = run(place, baselines=["bfloat16"], finalists=1, speed="finalists")
+    (finalist,) = result.finalists
+    dense, half = result.baselines
+    name = "decode_tokens_per_second"
+    assert dense.values[name] > 0
+    for one in (half, finalist):
+        assert one.values[name] == pytest.approx(dense.values[name] * one.values["decode_ratio"])
+        low, high = one.intervals[name]
+        assert 0 < low <= high
+    assert not any(name in trial.values for trial in result.trials)
+    found = report([place / "tiny.json"])
+    same = [model for model in found.models if model.name.startswith(f"{finalist.number}:")]
+    assert len(same) == 2
+    for model in same:
+        assert model.values["decode_speedup"] == pytest.approx(finalist.values["decode_ratio"])
 
 
 def test_a_format_that_cannot_hold_the_model_is_left_out_and_told(place, trials):

@@ -192,9 +192,10 @@ class Collector:
             self._add(source, tested, beside)
         for trial in study.finalists:
             model = self._trial(name, trial, dense, baseline=trial.number < 0)
-            if trial.number in numbers:  # measured anew was the quality only
-                known = self.result.models[numbers[trial.number]].values
-                model.values = {**{k: v for k, v in known.items() if not is_quality(k)}, **model.values}
+            if trial.number in numbers:  # measured anew were the quality, and the speed where no trial had it
+                known = self.result.models[numbers[trial.number]]
+                model.values = {**{k: v for k, v in known.values.items() if not is_quality(k)}, **model.values}
+                _take_speed(known, model)
             model.name += ", on the test text"
             self._add(source, tested, model)
         self._fastest += [
@@ -336,6 +337,17 @@ def _measured(side: Measured, dense: Measured | None) -> dict[str, float]:
         values["zeros"] = 1 - side.nonzero / side.parameters
     _relative_speed(values, {} if dense is None else {"decode_tokens_per_second": dense.decode_tokens_per_second})
     return values
+
+
+def _take_speed(trial: ReportModel, finalist: ReportModel) -> None:
+    """Speeds that were measured of the finalist only are those of the trial as well: it is the same model."""
+    for name in (one for pair in SPEEDUPS.items() for one in pair):
+        if name in finalist.values and name not in trial.values:
+            trial.values[name] = finalist.values[name]
+            if name in finalist.intervals:
+                trial.intervals[name] = finalist.intervals[name]
+            if name in finalist.unshown:
+                trial.unshown.append(name)
 
 
 def _relative_speed(values: dict[str, float], dense: Mapping[str, float | None]) -> None:

@@ -7,7 +7,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from secateur.study.command import command_line
 from secateur.study.flops import measure_flops
 from secateur.study.quality import Quality, Windows, dense_quality, quality
 from secateur.study.setup import Setup
-from secateur.study.speed import NEW_TOKENS, dense_speed, trial_speed
+from secateur.study.speed import NEW_TOKENS, Speed, dense_speed, trial_speed
 from secateur.study.store import Store
 from secateur.study.values import meets, violations
 from secateur.study_result import Trial
@@ -42,6 +42,8 @@ class Dense:
     """Badness on the first part of the texts; see `secateur.study.quality.Quality`."""
     seconds: float
     """What measuring its quality took, when it was measured."""
+    timing_seconds: float
+    """What measuring speed in turn with another model takes, where finalists are timed; about."""
     right: str
     """Which labelled texts it has right."""
 
@@ -58,10 +60,14 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
             setup.source.folder, setup.sha256, setup.exam("choice"), first=first, device=setup.device,
             reporter=reporter,
         )  # fmt: skip
-        trial = _trial(-1, "dense", setup.made_by or spec.model, found, setup.source.folder, setup, {}, reporter)
+        speed = Speed() if setup.finalist_load is None else dense_speed(
+            setup.finalist_load, setup.source.folder, setup.device, reporter
+        )  # fmt: skip
+        trial = _trial(-1, "dense", setup.made_by or spec.model, found, setup.source.folder, setup, speed)
+        trial.meets = meets(violations(spec.constraints, trial.values, trial.values))
         _keep(store, trial, kept, started)
         spent = store.get("spent", {})
-        store.put("spent", {**spent, "dense_quality_seconds": found.seconds})
+        store.put("spent", {**spent, "dense_quality_seconds": found.seconds, "dense_speed_seconds": speed.seconds})
         store.put("dense_first", found.first)
         store.put("dense_right", found.right)
     for number, name in enumerate(spec.baselines, start=2):
@@ -82,7 +88,10 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
         OutputFolder(folder, overwrite=True)
         prune(setup.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
         measured = quality(folder, setup.exam("choice"), first=first, device=setup.device, reporter=reporter)
-        trial = _trial(-number, name, command, measured, folder, setup, kept[0].values, reporter)
+        speed = Speed() if setup.finalist_load is None else trial_speed(
+            setup.finalist_load, setup.source.folder, folder, kept[0].values, setup.device, reporter
+        )  # fmt: skip
+        trial = _trial(-number, name, command, measured, folder, setup, speed)
         trial.meets = _meets(trial, kept, setup)
         _keep(store, trial, kept, started)
         if spec.keep != "all":
@@ -90,7 +99,8 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
     dense_trial = next(one for one in kept if one.name == "dense")
     return Dense(
         dense_trial.values, float(store.get("dense_first")),
-        float(store.get("spent", {}).get("dense_quality_seconds", 0.0)), store.get("dense_right", ""),
+        float(store.get("spent", {}).get("dense_quality_seconds", 0.0)),
+        2 * float(store.get("spent", {}).get("dense_speed_seconds", 0.0)), store.get("dense_right", ""),
     )  # fmt: skip
 
 
@@ -116,7 +126,7 @@ def _quantised(number: int, name: str, setup: Setup, first: int, reporter: Repor
             **measure_flops(setup.source.folder, {})[0],
         }
         missing = {}
-        if "decode_tokens_per_second" in spec.wanted:
+        if setup.finalist_load is not None:
             try:
                 values["decode_tokens_per_second"] = _decode_in_llama_cpp(entry.file, setup)
             except SecateurError as error:
@@ -145,11 +155,8 @@ def _keep(store: Store, trial: Trial, kept: list[Trial], started: float) -> None
     store.put("spent", {**spent, "baseline_seconds": before + trial.seconds})
 
 
-def _trial(
-    number: int, name: str, command: str, found: Quality, folder: Path, setup: Setup,
-    dense: Mapping[str, float | None], reporter: Reporter,
-) -> Trial:  # fmt: skip
-    """One baseline with everything that is measured of a trial; ``dense`` is empty for the dense model itself."""
+def _trial(number: int, name: str, command: str, found: Quality, folder: Path, setup: Setup, speed: Speed) -> Trial:
+    """One baseline with everything that is measured of a trial."""
     size = measure_size(folder, keys=setup.prunable)
     total = sum(setup.prunable.values())
     values: dict[str, float | None] = {
@@ -162,14 +169,7 @@ def _trial(
     counted, missing = measure_flops(folder, {})
     trial = Trial(number, "complete", {}, command, values | counted, name=name, missing=missing)
     trial.intervals |= {key: list(ends) for key, ends in found.intervals.items()}
-    if setup.speed is not None:
-        if name == "dense":
-            speed = dense_speed(setup.speed, folder, setup.device, reporter)
-        else:
-            speed = trial_speed(setup.speed, setup.source.folder, folder, dense, setup.device, reporter)
-        trial.values |= speed.values
-        trial.intervals |= speed.intervals
-        trial.missing |= speed.missing
-    if name == "dense":
-        trial.meets = meets(violations(setup.spec.constraints, trial.values, trial.values))
+    trial.values |= speed.values
+    trial.intervals |= speed.intervals
+    trial.missing |= speed.missing
     return trial

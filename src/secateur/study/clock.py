@@ -15,6 +15,8 @@ class Clock:
 
     dense_seconds = 0.0
     """What measuring the dense model's quality takes."""
+    timing_seconds = 0.0
+    """What measuring the speed of a finalist takes, about."""
 
     def __init__(self, spec: StudySpec, store: Store) -> None:
         self._spec, self._store = spec, store
@@ -42,7 +44,7 @@ class Clock:
             return
         baselines = float(self._store.get("spent", {}).get("baseline_seconds", 0.0))
         # A trial is pruned and measured, and a finalist is measured once more.
-        needed = baselines + 3 * self.dense_seconds
+        needed = baselines + 3 * self.dense_seconds + self.timing_seconds
         if needed > 60 * self._spec.minutes:
             raise StudyError(
                 f"a budget of {self._spec.minutes:g} minutes is too small: the baselines took {baselines / 60:.2g} "
@@ -56,4 +58,5 @@ class Clock:
             return True
         took = [trial.seconds for trial in self._store.trials() if trial.seconds]
         one = sum(took) / len(took) if took else self.dense_seconds
-        return self.elapsed() + one + self._spec.finalists * self.dense_seconds <= 60 * self._spec.minutes
+        finals = self._spec.finalists * (self.dense_seconds + self.timing_seconds)
+        return self.elapsed() + one + finals <= 60 * self._spec.minutes

@@ -1,4 +1,4 @@
-"""The end of a study: the finalists are chosen, their models are there, and each is measured on the test text once"""
+"""The end of a study: finalists are chosen, and each is measured on the test text once, and timed"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from secateur.progress import Recorder
 from secateur.study.quality import Quality, dense_quality, difference, quality
 from secateur.study.setup import Setup
+from secateur.study.speed import trial_speed
 from secateur.study.status import finalists_now
 from secateur.study.store import Store
 from secateur.study.trial import Outcome, Task, make_model, remove_models
@@ -53,6 +54,8 @@ def measure_finalists(setup: Setup, store: Store, task_of: Callable[..., Task], 
             store.keep_model(number, task.out)
         found = quality(folder, test, first=first, device=setup.device)
         done.append(_tested(trial, found, store.get("dense_right_test", ""), str(folder)))
+        if setup.finalist_load is not None and setup.trial_load is None:
+            _timed(done[-1], folder, setup, dense)
         store.put("finalists", [one.to_dict() for one in done])
         reporter.advance(f"trial {number}")
     if setup.spec.keep != "all":
@@ -63,6 +66,15 @@ def measure_finalists(setup: Setup, store: Store, task_of: Callable[..., Task], 
     spent = store.get("spent", {})
     before = float(spent.get("finalist_seconds", 0.0))
     store.put("spent", {**spent, "finalist_seconds": before + time.monotonic() - started})
+
+
+def _timed(finalist: Trial, folder: Path, setup: Setup, dense: Trial) -> None:
+    """Add the speed, which none of the trials was asked for."""
+    assert setup.finalist_load is not None
+    speed = trial_speed(setup.finalist_load, setup.source.folder, folder, dense.values, setup.device, Recorder())
+    finalist.values |= speed.values
+    finalist.intervals |= speed.intervals
+    finalist.missing |= speed.missing
 
 
 def _tested(trial: Trial, found: Quality, dense_right: str, out: str) -> Trial:

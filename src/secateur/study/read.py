@@ -33,7 +33,7 @@ ACCURACY = Reach(0.0, 1.0, "a share of the texts")
 LOOKED_AT: dict[Task, int] = {"language": 2, "labels": 128}
 """Windows or labelled texts after which a trial can be given up, unless the study says otherwise."""
 _KEYS = ("name", "model", "task", "fine_tune", "storage", "out", "data", "space", "fixed", "objectives", "constraints",
-         "budget", "sampler", "seed", "stop", "finalists", "baselines", "keep", "resources")  # fmt: skip
+         "budget", "sampler", "seed", "stop", "finalists", "speed", "baselines", "keep", "resources")  # fmt: skip
 
 
 def is_file_of_study(name: str | Path) -> bool:
@@ -158,6 +158,9 @@ def read_study(data: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
     keep = values.get("keep", "finalists")
     if keep not in ("finalists", "all"):
         raise UnknownNameError("value of keep", str(keep), ("finalists", "all"))
+    speed = values.get("speed", "finalists")
+    if speed not in ("finalists", "asked"):
+        raise UnknownNameError("value of speed", str(speed), ("finalists", "asked"))
     baselines = tuple(map(str, several(values.get("baselines", []), f"{where}: baselines")))
     for one in baselines:
         if one not in BASELINES:
@@ -175,7 +178,7 @@ def read_study(data: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
         fixed=fixed, task=task, fine_tune=_fine_tune(values.get("fine_tune"), task, where),
         trials=trials, minutes=minutes, sampler=sampler, seed=whole(values.get("seed", 0), f"{where}: seed", 0),
         stop=_stop(values, task, objectives, constraints, where), baselines=baselines, keep=keep,
-        finalists=whole(values.get("finalists", 5), f"{where}: finalists", 1),
+        finalists=whole(values.get("finalists", 5), f"{where}: finalists", 1), speed=speed,
         resources=_resources(values.get("resources"), where),
     )  # fmt: skip
     _check(spec, where)

@@ -92,7 +92,7 @@ class _Run:
             self._make_base()
             dense = measure_baselines(self.setup, self.store, self._first, self.reporter)
             self._dense, self._dense_first, self._dense_right = dense.values, dense.first, dense.right
-            self._clock.dense_seconds = dense.seconds
+            self._clock.dense_seconds, self._clock.timing_seconds = dense.seconds, dense.timing_seconds
             self._clock.keep()
             check_constraints(self.spec.constraints, self.setup.reach, self._dense)
             self._check_measured()
@@ -185,7 +185,7 @@ class _Run:
             asked = self.spec.resources
             memory = None if asked.memory is None else parse_size(asked.memory)
             return Cluster(ray, cpus=asked.cpus, gpus=asked.gpus, memory=memory)
-        if workers > 1 and self.setup.speed is not None:
+        if workers > 1 and self.setup.trial_load is not None:
             self.reporter.warn("speed is measured while other workers compute: take one worker for exact figures")
         return Processes(workers) if workers > 1 else Inline(self.reporter)
 
@@ -279,7 +279,7 @@ class _Run:
             training=None if training is None else training.to_dict(), out=str(spec.out / f"trial-{trial.number:04d}"),
             choice=str(setup.exam("choice")), shared=name, device=setup.device,
             bar=dataclasses.asdict(self._bar(trial)) if bar and spec.stop is not None else None,
-            load=setup.speed, known=self._dense, dense_right=self._dense_right, first=self._first,
+            load=setup.trial_load, known=self._dense, dense_right=self._dense_right, first=self._first,
         )  # fmt: skip
 
     def _bar(self, trial: Trial) -> Bar:

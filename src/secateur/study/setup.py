@@ -78,9 +78,14 @@ class Setup:
         return save_windows(windows_folder(self.spec), name, self.cut[name])
 
     @property
-    def speed(self) -> Load | None:
-        """What speed is measured on; None when the study does not ask for it."""
+    def trial_load(self) -> Load | None:
+        """What the speed of every trial is measured on; None when no objective or constraint asks for it."""
         return self.load if self.spec.wanted & {*SPEED} else None
+
+    @property
+    def finalist_load(self) -> Load | None:
+        """The same of baselines and finalists, which a study measures unless told not to."""
+        return self.load if self.spec.speed == "finalists" else self.trial_load
 
     @property
     def device(self) -> str:

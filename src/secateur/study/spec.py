@@ -86,6 +86,8 @@ class StudySpec:
     seed: int = 0
     stop: Stop | None = None
     finalists: int = 5
+    speed: Literal["finalists", "asked"] = "finalists"
+    """Which speeds are measured that no objective or constraint asks for: those of baselines and finalists, or none."""
     baselines: tuple[str, ...] = ()
     keep: Literal["finalists", "all"] = "finalists"
     resources: Resources = field(default_factory=Resources)

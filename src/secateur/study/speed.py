@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,8 @@ class Speed:
     values: dict[str, float | None] = field(default_factory=dict)
     intervals: dict[str, list[float]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    """What finding it took."""
 
 
 def dense_speed(load: Load, folder: Path, device: str, reporter: Reporter) -> Speed:
@@ -54,11 +57,13 @@ def trial_speed(
 
 def _told(load: Load, measure: Any) -> Speed:
     """What was measured, or the reason for each value that could not be."""
+    started = time.monotonic()
     try:
         found: Speed = measure()
     except SecateurError as error:
         names = [DECODE] if "prompt" in load else [*BATCHES, ENERGY]
         return Speed(dict.fromkeys(names), {}, dict.fromkeys(names, error.message))
+    found.seconds = time.monotonic() - started
     return found
 
 
