@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -55,6 +56,8 @@ class CorrectingStream(PairedStream[DenseInputs]):
 
     beta: float | None = None
     """How much of the correction is taken, 0 to 1; None chooses it for each matrix."""
+    keeps_output: ClassVar[bool] = False
+    """Whether what the dense block gives is kept as well."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +75,7 @@ class CorrectingStream(PairedStream[DenseInputs]):
     def _through(self, lane: Lane) -> DenseInputs:
         """Take one dense forward through the block it stands at."""
         kept = DenseInputs()
+        lane.keep_output = self.keeps_output
         self._advance(lane)
         while isinstance(lane.event, AtMatrix):
             if lane.event.name in self.plan.targets and not lane.event.expert:
@@ -79,6 +83,9 @@ class CorrectingStream(PairedStream[DenseInputs]):
                 kept.keep(lane.event)
             self._advance(lane)
         kept.close()
+        if lane.keep_output:
+            lane.keep_output = False
+            kept.take_output(lane)
         return kept
 
     def _one_pass(self) -> bool:
