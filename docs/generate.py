@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import functools
 import json
 import re
@@ -24,7 +25,7 @@ import typer
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from secateur.cli.app import app
-from secateur.plugins import available, describe
+from secateur.plugins import available, describe, option_help
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "secateur"
@@ -57,6 +58,15 @@ def plugin_details(kind: str, noun: str) -> str:
             rows = [[f"`{o.name}`", f"`{o.type}`", f"`{o.default}`", o.help] for o in description.options]
             parts.append(table(["option", "type", "default", ""], rows))
     return "\n\n".join(parts)
+
+
+def reconstruct_options() -> str:
+    """The options of `prune --reconstruct`."""
+    from secateur.engine.reconstruct import Reconstruction
+
+    texts = option_help(Reconstruction)
+    rows = [[f"`{f.name}`", str(f.type), f"{f.default:g}", texts[f.name]] for f in dataclasses.fields(Reconstruction)]
+    return table(["option", "type", "default", ""], rows)
 
 
 def command_reference() -> str:
@@ -215,6 +225,7 @@ def shown(column: str, value: object) -> str:
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {
         "methods": lambda: plugin_table("methods"),
+        "reconstruct options": reconstruct_options,
         "allocation": lambda: plugin_table("allocation"),
         "method details": lambda: plugin_details("methods", "method"),
         "allocation details": lambda: plugin_details("allocation", "allocation"),

@@ -329,6 +329,25 @@ def describe(kind: str, name: str, noun: str) -> Description:
     return Description(name, ast.get_docstring(tree) or "", options)
 
 
+def statistics_of(name: str) -> str:
+    """What statistics a method of single weights needs (none, norms or gram), read from its source.
+
+    Raises:
+        UnknownNameError: when there is no such method; the nearest name is suggested.
+    """
+    known = available("methods")
+    if name not in known:
+        raise UnknownNameError("method", name, known)
+    path = Path(__file__).parent / "methods" / f"{name.replace('-', '_')}.py"
+    classes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        for statement in node.body if _names_itself(node, name) else ():
+            if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "statistics":
+                assert isinstance(statement.value, ast.Constant)
+                return str(statement.value.value)
+    raise TypeError(f"method {name} does not say what statistics it needs")
+
+
 def _names_itself(node: ast.ClassDef, name: str) -> bool:
     return any(
         isinstance(statement, ast.AnnAssign)

@@ -24,6 +24,8 @@ BUDGET_STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
 LOOKED_AT = {"round_to": ("ffn", "hidden"), "update": ("ffn", "kv-groups", "heads", "hidden")}
 """Which structures look at a field."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
+RECONSTRUCTED = ("none", "block", "half-block")
+"""What --reconstruct can train in one go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,11 @@ class Recipe:
     """Prune towards what the dense model gives behind each matrix, so that earlier errors are made good: a share of the
     correction from 0 to 1, or auto to choose it for each matrix on calibration text that is held out. It takes a dense
     forward beside the other one, and a method with the Gram matrix of the inputs."""
+    reconstruct: str = "none"
+    """After a block is pruned, train what is left of it on the calibration data until it gives the dense block's
+    outputs: block, half-block (attention first, then the rest), or none. The best state on data held out stays."""
+    reconstruct_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of --reconstruct, as KEY=VALUE: passes, learning_rate, batch; docs/methods.md says what they are."""
     allocation: str = "uniform"
     """How the sparsity is divided among the matrices: the name of a rule, or a .yaml file that `secateur allocate`
     wrote (moved to --sparsity where that is given as well)."""
@@ -115,6 +122,10 @@ class Recipe:
                     hint=f"leave --sparsity out with --pattern {pattern}",
                 )
         self.correction  # noqa: B018 - a value that is none is refused
+        if self.reconstruct not in RECONSTRUCTED:
+            raise UnknownNameError("way to reconstruct", self.reconstruct, RECONSTRUCTED)
+        if self.reconstruct_options and self.reconstruct == "none":
+            raise RecipeError("reconstruct_options need --reconstruct block or half-block", hint="leave them out")
         if self.allocation_options and is_file(self.allocation):
             raise RecipeError(f"allocation {self.allocation} is a file, which has no options", hint="leave them out")
         for name in ("samples", "sequence_length", "round_to"):
@@ -177,8 +188,8 @@ class Recipe:
         """
         units = {*self.structure} - {"depth"}
         single = (
-            "pattern", "refit", "error_correction", "allocation", "allocation_options", "targets", "ignore",
-            "overrides",
+            "pattern", "refit", "error_correction", "reconstruct", "reconstruct_options", "allocation",
+            "allocation_options", "targets", "ignore", "overrides",
         )  # fmt: skip
         for name in names:
             if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
@@ -238,7 +249,7 @@ class Recipe:
         data = dataclasses.asdict(self)
         for key in ("structure", "targets", "ignore", "overrides"):
             data[key] = list(data[key])
-        for key in ("method_options", "allocation_options"):
+        for key in ("method_options", "allocation_options", "reconstruct_options"):
             data[key] = dict(data[key])
         return data
 
@@ -267,7 +278,10 @@ def _default_of(entry: dataclasses.Field[Any]) -> Any:
     return entry.default
 
 
-_STRINGS = {"method", "budget", "depth_by", "pattern", "allocation", "calibration", "device", "dtype", "compute_dtype"}
+_STRINGS = {
+    "method", "budget", "depth_by", "pattern", "reconstruct", "allocation", "calibration", "device", "dtype",
+    "compute_dtype",
+}  # fmt: skip
 _INTEGERS = {"samples", "sequence_length", "seed", "round_to"}
 
 
@@ -307,7 +321,7 @@ def _checked(key: str, value: Any, where: str) -> Any:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise refuse("a list of patterns")
         return tuple(value)
-    elif key in {"method_options", "allocation_options"}:
+    elif key in {"method_options", "allocation_options", "reconstruct_options"}:
         if not isinstance(value, Mapping):
             raise refuse("a mapping of option names to values")
         return dict(value)

@@ -124,6 +124,9 @@ class PrunedMatrix(Plain):
     """``loss`` before the kept weights were solved anew; None where they were not."""
     beta: float | None = None
     """Share of the correction of earlier errors that was taken; None without one."""
+    held_out_error: list[float] | None = None
+    """Relative squared error of the outputs of its block on calibration data held out, before and after the block was
+    reconstructed; None where it was not. ``loss`` is that before."""
 
 
 @dataclass

@@ -70,6 +70,8 @@ FLAGS = {
     "update": (["--structure", "ffn", "--no-update"], False),
     "refit": (["--no-refit"], False),
     "error_correction": (["--error-correction", "auto"], "auto"),
+    "reconstruct": (["--reconstruct", "half-block"], "half-block"),
+    "reconstruct_options": (["--reconstruct", "block", "--reconstruct-option", "passes=2"], {"passes": "2"}),
     "allocation": (["--allocation", "other"], "other"),
     "allocation_options": (["--allocation-option", "spread=0.1"], {"spread": "0.1"}),
     "calibration": (["--calibration", "text.txt"], "text.txt"),
@@ -86,7 +88,10 @@ FLAGS = {
 }
 
 
-BESIDE = {"depth_by": {"structure": ("depth",)}, "round_to": {"structure": ("ffn",)}, "update": {"structure": ("ffn",)}}
+BESIDE = {
+    "depth_by": {"structure": ("depth",)}, "round_to": {"structure": ("ffn",)}, "update": {"structure": ("ffn",)},
+    "reconstruct_options": {"reconstruct": "block"},
+}  # fmt: skip
 """What must be set for a field to have a meaning."""
 
 
@@ -123,6 +128,8 @@ def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
         "update": True,
         "refit": True,
         "error_correction": 0.25,
+        "reconstruct": "block",
+        "reconstruct_options": {"other": 2},
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps({field: in_file.get(field, "file"), **BESIDE.get(field, {})}))
@@ -131,6 +138,7 @@ def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
     merged = {
         "method_options": {"block_size": "64", "other": 2, "damping": "0.1"},
         "allocation_options": {"other": 2, "spread": "0.1"},
+        "reconstruct_options": {"other": 2, "passes": "2"},
     }  # options are replaced one by one
     wanted = {field: merged.get(field, value), **BESIDE.get(field, {})}
     assert pruning.kwargs["recipe"] == Recipe(**wanted)
@@ -143,6 +151,16 @@ def test_flags_that_are_not_given_leave_the_file_its_say(run, pruning, tmp_path)
     assert pruning.kwargs["recipe"] == Recipe(
         method="wanda", sparsity=0.4, sequence_length=8, overrides=(Override(match="*a*", sparsity=0.6),)
     )
+
+
+def test_options_of_the_reconstruction_go_with_any_way_but_none(run, pruning, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("reconstruct: block\nreconstruct_options: {passes: 3}\n")
+    run("prune", "demo", "-o", "out", "--recipe", str(file), "--reconstruct", "half-block")
+    assert pruning.kwargs["recipe"] == Recipe(reconstruct="half-block", reconstruct_options={"passes": 3})
+    result = run("prune", "demo", "-o", "out", "--recipe", str(file), "--reconstruct", "none")
+    assert pruning.kwargs["recipe"] == Recipe()
+    assert "reconstruct_options are left out" in result.err
 
 
 def test_options_of_another_method_are_left_out_aloud(run, pruning, tmp_path):

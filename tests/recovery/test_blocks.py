@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 import secateur
 from secateur.corpus.windows import windows
 from secateur.engine.activations import ActivationStore
+from secateur.engine.block_training import decay
 from secateur.engine.stream import BlockStream
 from secateur.measure.model import load_model
 from secateur.measure.perplexity import perplexity
 from secateur.progress import Reporter
-from secateur.recovery.blocks import BlockRecovery, _decay
+from secateur.recovery.blocks import BlockRecovery
 from secateur.recovery.data import split
 from tests.models import save_tiny
 
@@ -129,13 +130,13 @@ def test_budget_counts_windows_times_epochs(pruned):
 
 
 def test_learning_rate_warms_up_and_decays_to_nearly_zero():
-    rates = [_decay(step, 40) for step in range(40)]
+    rates = [decay(step, 40) for step in range(40)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert max(rates) == 1.0
     assert all(0 < rate <= 1 for rate in rates)
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[-1] < 0.05
-    assert _decay(0, 1) > 0
+    assert decay(0, 1) > 0
 
 
 def test_spilled_activations_change_nothing(pruned, monkeypatch):

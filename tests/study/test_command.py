@@ -15,6 +15,8 @@ from secateur.training import Training
 RECIPES = {
     "weights": Recipe(method="wanda", sparsity=0.1 + 0.2, samples=8, sequence_length=64),
     "pattern": Recipe(method="sparsegpt", pattern="2:4", method_options={"damping": 0.05}, calibration="my text.txt"),
+    "trained": Recipe(method="sparsegpt", refit=False, error_correction="0.5", reconstruct="half-block",
+                      reconstruct_options={"passes": 2, "learning_rate": 1e-4}),
     "units": Recipe(structure=("depth", "ffn"), sparsity=0.25, update=False, round_to=8, depth_by="angular", seed=3),
     "blocks": Recipe(structure=("depth",), sparsity=0.25, samples=4),
     "names": Recipe(targets=("*q_proj*", "re:.*[0-3].*"), ignore=("a b",), dtype="bfloat16",
@@ -47,7 +49,8 @@ def run(line: str) -> None:
 def typed(recipe: Recipe) -> dict:
     """Options of a method are texts on the command line; the method turns them back into numbers."""
     data = recipe.to_dict()
-    data["method_options"] = {key: float(value) for key, value in data["method_options"].items()}
+    for name in ("method_options", "reconstruct_options"):
+        data[name] = {key: float(value) for key, value in data[name].items()}
     return data
 
 

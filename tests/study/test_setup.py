@@ -34,6 +34,14 @@ def test_a_method_without_data_is_asked_for_without_text(place):
     assert found["wanda"][0].samples == 8
 
 
+@pytest.mark.parametrize("more", [{"refit": True}, {"reconstruct": "block"}, {"allocation": "owl"}])
+def test_a_method_without_data_reads_text_for_what_comes_with_it(place, more):
+    setup = opened(place, space={"method": "magnitude", "sparsity": 0.5, **more})
+    recipe, reads = setup.recipe(next(iter(setup.spec.grid())))
+    assert reads
+    assert recipe.samples == setup.spec.data.samples
+
+
 BAD = {
     "too few windows to calibrate": ({"data": {"samples": 10_000}}, CalibrationError, "calibration"),
     "longer than the model": ({"data": {"sequence-length": 4096}}, UsageError, "256"),

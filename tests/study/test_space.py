@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from secateur.errors import SecateurError, SparsityError, StudyError, UnknownNameError
+from secateur.plugins import available, make_method, statistics_of
 from secateur.recipe import Recipe
 from secateur.study.read import read_study
 from secateur.study.space import Values, read_space, read_values
@@ -88,7 +89,81 @@ def test_what_is_fixed_is_in_every_recipe_that_looks_at_it():
     assert (weights.ignore, weights.round_to, units.ignore, units.round_to) == (("*lm_head*",), 32, (), 8)
 
 
+def test_error_correction_goes_with_a_gram_matrix_only():
+    found = grid(method=["wanda", "sparsegpt"], refit=[True, False], **{"error-correction": [False, "auto", 0.5]})
+    drawn = [(one["method"], one["refit"], one.get("error_correction")) for one in found]
+    with_gram = [("wanda", True), ("sparsegpt", True), ("sparsegpt", False)]
+    wanted = {(*pair, share) for pair in with_gram for share in ("off", "auto", "0.5")} | {("wanda", False, None)}
+    assert set(drawn) == wanted
+    assert len(drawn) == len(wanted)
+    # Left to itself, a method is refitted where it has the matrix.
+    found = grid(method=["magnitude", "alps"], **{"error-correction": ["off", 1]})
+    assert [(one["method"], one.get("error_correction")) for one in found] == [
+        ("magnitude", None), ("alps", "off"), ("alps", "1"),
+    ]  # fmt: skip
+
+
+def test_what_a_method_says_of_its_statistics_is_read_from_its_source():
+    names = available("methods")
+    assert len(names) > 5
+    for name in names:
+        assert statistics_of(name) == make_method(name).statistics
+    with pytest.raises(UnknownNameError, match="sparsegp"):
+        statistics_of("sparsegp")
+
+
+def test_what_only_single_weights_have_is_drawn_for_them_alone():
+    spec = study(space={
+        "structure": ["none", "ffn"], "sparsity": 0.5, "refit": [True, False], "error-correction": ["off", "auto"],
+        "reconstruct": ["none", "block", "half-block"],
+    }, fixed={"reconstruct-options": {"passes": 2}})  # fmt: skip
+    found = list(spec.grid())
+    assert len(found) == 2 * 2 * 3 + 1
+    assert spec.skipped == 2 * 2 * 2 * 3 - len(found)
+    for one in found:
+        recipe = spec.recipe(one)
+        units = one["structure"] == "ffn"
+        assert ("refit" in one) == ("error_correction" in one) == ("reconstruct" in one) == (not units)
+        assert (recipe.refit, recipe.error_correction, recipe.reconstruct) == (
+            (None, "off", "none") if units else (one["refit"], one["error_correction"], one["reconstruct"])
+        )
+        assert dict(recipe.reconstruct_options) == ({} if recipe.reconstruct == "none" else {"passes": 2})
+
+
+def test_they_can_be_fixed():
+    spec = study(space={"structure": ["none", "ffn"], "sparsity": 0.5},
+                 fixed={"refit": False, "error-correction": "auto", "reconstruct": "block"})  # fmt: skip
+    weights, units = (spec.recipe(one) for one in spec.grid())
+    assert (weights.refit, weights.error_correction, weights.reconstruct) == (False, "auto", "block")
+    assert (units.refit, units.error_correction, units.reconstruct) == (None, "off", "none")
+
+
 BAD = {
+    "refit that is no truth": ({"space": {"refit": ["auto"]}}, StudyError, "true or false"),
+    "share beyond one": ({"space": {"error-correction": [1.5]}}, SecateurError, "from 0 to 1"),
+    "share that is a truth": ({"space": {"error-correction": [True]}}, StudyError, "off, auto"),
+    "correction without a Gram matrix": (
+        {"space": {"method": "wanda", "error-correction": "auto"}}, StudyError, "which wanda does not gather",
+    ),
+    "correction without a refit": (
+        {"space": {"method": "ria", "refit": [True, False], "error-correction": [0.5, 1]}}, StudyError, "which ria",
+    ),
+    "fixed correction without a Gram matrix": (
+        {"space": {"method": ["alps", "magnitude"]}, "fixed": {"error-correction": "auto"}}, StudyError,
+        "which magnitude does not gather",
+    ),
+    "unknown reconstruction": ({"space": {"reconstruct": "blok"}}, UnknownNameError, "did you mean 'block'"),
+    "reconstruction of units": (
+        {"space": {"structure": "ffn", "reconstruct": "block"}}, StudyError, "reconstruct has no meaning",
+    ),
+    "correction of units": (
+        {"space": {"structure": "ffn", "sparsity": 0.5}, "fixed": {"error-correction": "auto", "structure": "ffn"}},
+        SecateurError, "has no meaning",
+    ),
+    "reconstruction twice": ({"space": {"reconstruct": ["block", "block"]}}, StudyError, "twice"),
+    "options of no reconstruction": (
+        {"space": {"sparsity": 0.5}, "fixed": {"reconstruct-options": {"passes": 2}}}, StudyError, "need reconstruct",
+    ),
     "unknown key": ({"space": {"methods": "wanda"}}, UnknownNameError, "did you mean 'method'"),
     "unknown method": ({"space": {"method": "wandaa"}}, UnknownNameError, "did you mean 'wanda'"),
     "unknown structure": ({"space": {"structure": "dept"}}, UnknownNameError, "did you mean 'depth'"),

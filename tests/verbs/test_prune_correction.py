@@ -108,6 +108,14 @@ def test_the_share_is_told(model: Path, tmp_path: Path) -> None:
     assert result.sparsity == pytest.approx(0.5, abs=1e-3)
 
 
+def test_spilled_activations_change_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secateur.engine.activations.MINIMUM_BYTES", 0)
+    for name, memory in (("kept", "auto"), ("spilled", "1KB")):
+        pruned(model, tmp_path / name, error_correction="1", activation_memory=memory)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("kept", "spilled")]
+    assert weights[0] == weights[1]
+
+
 def test_too_few_batches_to_choose_by_are_told(model: Path, tmp_path: Path) -> None:
     ids = calibration_for("llama", rows=3)
     result = pruned(model, tmp_path / "out", error_correction="auto", calibration=ids)

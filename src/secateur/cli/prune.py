@@ -123,6 +123,10 @@ def prune(
     update: Annotated[bool | None, option("update", "--update/--no-update")] = None,
     refit: Annotated[bool | None, option("refit", "--refit/--no-refit")] = None,
     error_correction: Annotated[str | None, option("error_correction")] = None,
+    reconstruct: Annotated[str | None, option("reconstruct")] = None,
+    reconstruct_options: Annotated[
+        list[str] | None, option("reconstruct_options", "--reconstruct-option", metavar="KEY=VALUE")
+    ] = None,
     allocation: Annotated[str | None, option("allocation", metavar="NAME|FILE")] = None,
     allocation_options: Annotated[
         list[str] | None, option("allocation_options", "--allocation-option", metavar="KEY=VALUE")
@@ -168,6 +172,8 @@ def prune(
         "update": update,
         "refit": refit,
         "error_correction": error_correction,
+        "reconstruct": reconstruct,
+        "reconstruct_options": parse_pairs("--reconstruct-option", reconstruct_options or [], "passes=2"),
         "allocation": allocation,
         "allocation_options": parse_pairs("--allocation-option", allocation_options or [], "spread=0.1"),
         "method_options": parse_method_options(method_options or []),
@@ -248,12 +254,13 @@ def _laid_over(given: dict[str, Any], file: Path | None, reporter: Reporter) -> 
         return Recipe.from_dict(given, where="flags")
     data = {str(key).replace("-", "_"): value for key, value in load_recipe(file).items()}
     Recipe.from_dict(data, where=str(file))  # a fault of the file is told as one of the file
-    for owner in ("method", "allocation"):
+    for owner in ("method", "allocation", "reconstruct"):
         name = f"{owner}_options"
         options = data.get(name)
         if not isinstance(options, Mapping):
             continue
-        if given.get(owner, data.get(owner)) == data.get(owner):
+        said = given.get(owner, data.get(owner))
+        if said == data.get(owner) or (owner == "reconstruct" and said != "none"):  # every way has the same options
             given[name] = {**options, **given.get(name, {})}
         else:
             data.pop(name)

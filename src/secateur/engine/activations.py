@@ -53,6 +53,12 @@ class Watcher(TorchFunctionMode):
         seen, key = self._seen, id(tensor)
         seen[key] = weakref.ref(tensor, lambda _: seen.pop(key, None))
 
+    def remember_copies(self, value: Any) -> None:
+        """Note the floating tensors in arguments that were copied for one forward alone."""
+        for tensor in _tensors(value):
+            if tensor.is_floating_point():
+                self.remember(tensor)
+
     def storages(self) -> dict[int, torch.UntypedStorage]:
         """Storages of the remembered tensors that are alive and large enough, by address."""
         found: dict[int, torch.UntypedStorage] = {}
@@ -136,6 +142,10 @@ class SpillFile:
             if count == 0:
                 raise OSError("the activation file was cut short")
             done += count
+        self.release(slot)
+
+    def release(self, slot: tuple[int, int]) -> None:
+        """What is in a slot is not wanted any more."""
         self._free.append(slot)
 
 
@@ -163,7 +173,9 @@ class ActivationStore:
     def forget(self, watcher: Watcher) -> None:
         """The forward is over."""
         self._resident.pop(watcher, None)
-        self._parked.pop(watcher, None)
+        for _, slot in self._parked.pop(watcher, ()):
+            assert self._file is not None
+            self._file.release(slot)
 
     def park(self, watcher: Watcher) -> None:
         """A forward has paused."""

@@ -110,9 +110,11 @@ class BlockLane(Lane):
         super().__init__(module, {}, observed=True, blocks=0)
         assert lane.call is not None
         self._args, self._kwargs = copied_call(*lane.call)
+        self.watcher.remember_copies((self._args, self._kwargs))
 
     def _forward(self) -> Finished:
-        self._model(*self._args, **self._kwargs)
+        with self.watcher:
+            self._model(*self._args, **self._kwargs)
         return Finished()
 
     def entered(self, index: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -32,11 +33,21 @@ class DenseInputs(Spilled):
     def __init__(self) -> None:
         super().__init__()
         self.inputs: dict[str, torch.Tensor] = {}
+        self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
     def keep(self, event: AtMatrix) -> None:
-        """Note an input; matrices with the same one hold the same tensor."""
-        self.watcher.remember(event.input)
-        self.inputs[event.name] = event.input
+        """Note an input as a copy, since the forward empties its own; matrices with the same input share it."""
+        last = self._last
+        if last is None or last[0] is not event.input or last[1] != event.input._version:
+            with torch._C.DisableTorchFunction():
+                copied = event.input.clone()
+            self.watcher.remember(copied)
+            last = self._last = event.input, event.input._version, copied
+        self.inputs[event.name] = last[2]
+
+    def close(self) -> None:
+        """The forward has left the block."""
+        self._last = None
 
 
 @dataclass
@@ -45,6 +56,8 @@ class CorrectingStream(PairedStream[DenseInputs]):
 
     beta: float | None = None
     """How much of the correction is taken, 0 to 1; None chooses it for each matrix."""
+    keeps_output: ClassVar[bool] = False
+    """Whether what the dense block gives is kept as well."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,11 +75,17 @@ class CorrectingStream(PairedStream[DenseInputs]):
     def _through(self, lane: Lane) -> DenseInputs:
         """Take one dense forward through the block it stands at."""
         kept = DenseInputs()
+        lane.keep_output = self.keeps_output
         self._advance(lane)
         while isinstance(lane.event, AtMatrix):
             if lane.event.name in self.plan.targets and not lane.event.expert:
+                self.store.unpark(lane.watcher)
                 kept.keep(lane.event)
             self._advance(lane)
+        kept.close()
+        if lane.keep_output:
+            lane.keep_output = False
+            kept.take_output(lane)
         return kept
 
     def _one_pass(self) -> bool:

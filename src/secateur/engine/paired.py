@@ -22,15 +22,14 @@ class Spilled:
 
     def __init__(self) -> None:
         self.watcher = Watcher()
+        self.output: torch.Tensor | None = None
+        """What the dense block gave, where that is wanted."""
 
-
-class DenseOutput(Spilled):
-    """What the dense block gave for one batch."""
-
-    def __init__(self, output: torch.Tensor) -> None:
-        super().__init__()
-        self.output = output
-        self.watcher.remember(output)
+    def take_output(self, lane: Lane) -> None:
+        """Keep what the block gave to a forward that has just left it."""
+        self.output, lane.output = lane.output, None
+        assert self.output is not None
+        self.watcher.remember(self.output)
 
 
 Kept = TypeVar("Kept", bound=Spilled)
@@ -72,10 +71,11 @@ class PairedStream(BlockStream, Generic[Kept]):
 
     def _through(self, lane: Lane) -> Kept:
         """Take one dense forward through the block it stands at; what shall be kept of it."""
+        kept = Spilled()
         lane.keep_output = True
         self._advance(lane)
-        kept = DenseOutput(lane.output)
-        lane.keep_output, lane.output = False, None
+        lane.keep_output = False
+        kept.take_output(lane)
         return cast("Kept", kept)
 
     def _dense_outputs(self, block: Block) -> list[Kept]:

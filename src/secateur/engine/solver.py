@@ -43,6 +43,11 @@ class Solver:
             if final[name].dtype != stream.output_dtype(name):
                 final[name] = torch.empty_like(final[name], dtype=stream.output_dtype(name))
 
+    @property
+    def finished(self) -> bool:
+        """Whether every matrix is solved."""
+        return len(self._solved) == sum(max(self._specs[name].experts, 1) for name in self._reports)
+
     def observe(self, lane: Lane, event: AtMatrix) -> None:
         """Take in the input with which a forward has arrived. The same tensor as last time is not counted again."""
         key = (event.name, event.expert)

@@ -38,7 +38,7 @@ def prune_flags(recipe: Recipe, *, reads_text: bool = True) -> list[str]:
                 flags += [flag, _text(value)]
         elif entry.name == "method":
             flags += [flag, value] if asked else []
-        elif entry.name in ("method_options", "allocation_options"):
+        elif entry.name in ("method_options", "allocation_options", "reconstruct_options"):
             for key, one in value.items():
                 flags += [f"--{entry.name.removesuffix('s').replace('_', '-')}", f"{key}={_text(one)}"]
         elif value == (entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default):

@@ -206,6 +206,9 @@ def _check(spec: StudySpec, where: str) -> None:
         if key not in KEYS and not any(means_something(key, structure) for structure in structures):
             raise StudyError(f"{where}: fixed {key} has no meaning with structure {', '.join(sorted(structures))}",
                              hint="leave it out")  # fmt: skip
+    if "reconstruct_options" in spec.fixed and not any({*space.reconstructs} - {NONE} for space in spec.spaces):
+        raise StudyError(f"{where}: fixed reconstruct-options need reconstruct: block or half-block",
+                         hint="leave them out, or add reconstruct to the space")  # fmt: skip
     for space in spec.spaces:
         for fields in space.recoveries.values():
             if spec.task == "labels" and fields is not None:

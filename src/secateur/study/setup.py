@@ -34,6 +34,7 @@ from secateur.study.speed import SENTENCES, Load
 from secateur.study.texts import Texts, read_examples, read_texts
 from secateur.study.values import SPEED, Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
+from secateur.verbs.dividing import measuring_rule
 from secateur.verbs.evaluate import has_language_head
 from secateur.verbs.teacher import is_classifier
 
@@ -108,7 +109,11 @@ class Setup:
         chooser = make_chooser(recipe.method, recipe.structure, recipe.method_options)
         if isinstance(chooser, ExpertCriterion):
             return chooser.data
-        return not isinstance(chooser, Method) or chooser.statistics != "none"  # units are refitted on text
+        if not isinstance(chooser, Method):
+            return True  # units are refitted on text
+        rule = measuring_rule(recipe)
+        divided = rule is not None and rule.needs != "weights"
+        return chooser.statistics != "none" or bool(recipe.refit) or recipe.reconstruct != NONE or divided
 
 
 def set_up(spec: StudySpec, reporter: Reporter) -> Setup:

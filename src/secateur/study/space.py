@@ -10,11 +10,13 @@ from typing import Any
 
 from secateur.errors import StudyError, UnknownNameError, UsageError
 from secateur.patterns import check_sparsity, parse_pattern
-from secateur.plugins import available, describe
-from secateur.recipe import STRUCTURES
+from secateur.plugins import available, describe, statistics_of
+from secateur.recipe import RECONSTRUCTED, STRUCTURES, Recipe
 from secateur.training import Training
 
-KEYS = ("method", "sparsity", "pattern", "allocation", "structure", "method_options", "recovery", "dtype")
+WEIGHTS = ("pattern", "allocation", "refit", "error_correction", "reconstruct")
+"""What has a meaning only where single weights go."""
+KEYS = ("method", "sparsity", *WEIGHTS, "structure", "method_options", "recovery", "dtype")
 """What a space can vary."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NONE = "none"
@@ -75,6 +77,11 @@ class Space:
     recoveries: Mapping[str, Mapping[str, Any] | None] = field(default_factory=lambda: {NONE: None})
     """Label -> fields of `Training`; None for no recovery."""
     dtypes: tuple[str, ...] = ("auto",)
+    refits: tuple[bool, ...] = ()
+    """Empty leaves it to the method; the same for the next two, which are off then."""
+    corrections: tuple[str, ...] = ()
+    """Shares of the error correction, as `Recipe` takes them."""
+    reconstructs: tuple[str, ...] = ()
 
     def methods_for(self, structure: str) -> tuple[str, ...]:
         """The methods of this space that choose what this structure removes; auto where none was named."""
@@ -92,6 +99,11 @@ class Space:
             settings["method"] = method = choose(name, Values(methods))
             for option, values in self.options.get(method, {}).items():
                 settings[f"{method}.{option}"] = choose(f"{method}.{option}", values)
+        if structure == NONE:
+            if self.refits:
+                settings["refit"] = choose("refit", Values(self.refits))
+            if self.corrections and has_gram(settings["method"], settings.get("refit")):
+                settings["error_correction"] = choose("error_correction", Values(self.corrections))
         pattern = "unstructured"
         if structure == NONE:
             settings["pattern"] = pattern = choose("pattern", Values(self.patterns))
@@ -99,6 +111,8 @@ class Space:
             settings["sparsity"] = choose("sparsity", self.sparsity)
         if structure == NONE:
             settings["allocation"] = choose("allocation", Values(self.allocations))
+            if self.reconstructs:
+                settings["reconstruct"] = choose("reconstruct", Values(self.reconstructs))
         settings["dtype"] = choose("dtype", Values(self.dtypes))
         # Last, so that a grid tries all recoveries of one pruned model in a row, and can prune it once.
         settings["recovery"] = choose("recovery", Values(tuple(self.recoveries)))
@@ -129,7 +143,8 @@ class Space:
         """How many there would be if everything went with everything."""
         lists: list[tuple[Any, ...]] = [
             self.methods or ("auto",), self.sparsity.listed, self.patterns, self.allocations, self.structures,
-            tuple(self.recoveries), self.dtypes,
+            tuple(self.recoveries), self.dtypes, self.refits or (None,), self.corrections or (None,),
+            self.reconstructs or (None,),
         ]  # fmt: skip
         lists += [values.listed for options in self.options.values() for values in options.values()]
         return math.prod(map(len, lists))
@@ -142,6 +157,11 @@ class Space:
         if None in implied or set(self.structures) != {NONE}:
             ends += self.sparsity.span
         return min(ends), max(ends)
+
+
+def has_gram(method: str, refit: bool | None) -> bool:
+    """Whether a method of single weights, refitted or not, gathers the Gram matrix that an error correction needs."""
+    return bool(refit) or statistics_of("sparsegpt" if method == "auto" else method) == "gram"
 
 
 @functools.cache
@@ -183,7 +203,7 @@ def read_space(data: Mapping[str, Any], where: str) -> Space:
         if name not in available("allocation"):
             raise UnknownNameError("allocation", name, available("allocation"))
     if NONE not in structures:
-        for key in ("pattern", "allocation"):
+        for key in WEIGHTS:
             if key in values:
                 raise StudyError(f"{where}: {key} has no meaning with structure {', '.join(structures)}",
                                  hint="leave it out, or add none to the structures")  # fmt: skip
@@ -196,11 +216,17 @@ def read_space(data: Mapping[str, Any], where: str) -> Space:
     space = Space(
         methods, _sparsity(values.get("sparsity", list(DEFAULT_SPARSITIES)), where), patterns, allocations, structures,
         _options(values.get("method_options") or {}, methods, where),
-        _recoveries(values.get("recovery", NONE), where), dtypes,
+        _recoveries(values.get("recovery", NONE), where), dtypes, _refits(values.get("refit", []), where),
+        _corrections(values.get("error_correction", []), where),
+        tuple(map(_reconstruct, _listed(values.get("reconstruct", []), f"{where}: reconstruct"))),
     )  # fmt: skip
-    for name, many in (("structure", structures), ("method", methods), ("pattern", patterns), ("dtype", dtypes)):
+    _check_corrections(space, where)
+    for name, many in (
+        ("structure", structures), ("method", methods), ("pattern", patterns), ("dtype", dtypes),
+        ("refit", space.refits), ("error-correction", space.corrections), ("reconstruct", space.reconstructs),
+    ):  # fmt: skip
         if len(set(many)) < len(many):
-            raise StudyError(f"{where}: {name} names one twice: {', '.join(many)}")
+            raise StudyError(f"{where}: {name} names one twice: {', '.join(map(str, many))}")
     return space
 
 
@@ -218,6 +244,42 @@ def _structure(value: Any) -> str:
         if part not in STRUCTURES and name != NONE:
             raise UnknownNameError("structure", part, (*STRUCTURES, NONE))
     return name
+
+
+def _refits(value: Any, where: str) -> tuple[bool, ...]:
+    found = tuple(_listed(value, f"{where}: refit"))
+    for one in found:
+        if not isinstance(one, bool):
+            raise StudyError(f"{where}: refit is {one!r}", hint="give true or false, or leave it out")
+    return found
+
+
+def _corrections(value: Any, where: str) -> tuple[str, ...]:
+    found = []
+    for one in _listed(value, f"{where}: error-correction"):
+        off = one is False or one == NONE  # YAML 1.1 reads off as false
+        if isinstance(one, bool) and not off:
+            raise StudyError(f"{where}: error-correction is {one!r}", hint="give off, auto, or a share from 0 to 1")
+        found.append(Recipe(error_correction="off" if off else str(one)).error_correction)
+    return tuple(found)
+
+
+def _reconstruct(value: Any) -> str:
+    if value not in RECONSTRUCTED:
+        raise UnknownNameError("way to reconstruct", str(value), RECONSTRUCTED)
+    return str(value)
+
+
+def _check_corrections(space: Space, where: str) -> None:
+    """Refuse an error correction that some method of the space cannot have, unless there is off for it."""
+    if not space.corrections or "off" in space.corrections or NONE not in space.structures:
+        return
+    for method in space.methods_for(NONE):
+        if not all(has_gram(method, refit) for refit in space.refits or (None,)):
+            raise StudyError(
+                f"{where}: error-correction needs the Gram matrix of the inputs, which {method} does not gather",
+                hint="add off to its values, or refit: true, or leave the method out",
+            )
 
 
 def _pattern(value: Any, where: str) -> str:

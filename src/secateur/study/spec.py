@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.recipe import LOOKED_AT, Recipe
-from secateur.study.space import NONE, Space
+from secateur.study.space import NONE, WEIGHTS, Space
 from secateur.study.values import Constraint, Direction, Task
 from secateur.training import Training
 
-SINGLE = ("targets", "ignore", "overrides", "refit", "error_correction", "allocation_options")
+SINGLE = ("targets", "ignore", "overrides", "allocation_options", "reconstruct_options")
 """Fields of a recipe that mean something only where single weights go."""
 FIXED = (*SINGLE, "round_to", "update", "depth_by", "device", "compute_dtype", "activation_memory")
 """Fields of a recipe that a study can fix beside those that it can vary."""
@@ -153,7 +153,7 @@ class StudySpec:
             "calibration": self.calibration, "samples": self.data.samples, "sequence_length": sequence_length,
             "seed": self.seed,
         }  # fmt: skip
-        values |= {key: settings[key] for key in ("sparsity", "pattern", "allocation", "dtype") if key in settings}
+        values |= {key: settings[key] for key in ("sparsity", *WEIGHTS, "dtype") if key in settings}
         if structure != NONE:
             values["structure"] = structure
         method = settings.get("method", "auto")
@@ -164,6 +164,8 @@ class StudySpec:
                 name.removeprefix(prefix): value for name, value in settings.items() if name.startswith(prefix)
             }
         values |= {key: value for key, value in self.fixed.items() if means_something(key, structure)}
+        if values.get("reconstruct", NONE) == NONE:
+            values.pop("reconstruct_options", None)
         return Recipe.from_dict(values, where="study")
 
     def training(self, settings: Mapping[str, Any]) -> Training | None:

@@ -23,15 +23,13 @@ from secateur.checkpoint.writer import CheckpointWriter, Layout, layout_like
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
-from secateur.engine.correct import CorrectingStream
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
-from secateur.engine.forward import Stored, probe_inputs, rehearse, runs_in
+from secateur.engine.forward import probe_inputs, rehearse, runs_in
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
-from secateur.engine.stream import BlockStream
-from secateur.errors import CheckpointError, UsageError, WeightValueError
-from secateur.methods._refitted import Refitted, name_of, with_refit
+from secateur.errors import CheckpointError, WeightValueError
+from secateur.methods._refitted import Refitted, with_refit
 from secateur.plugins import (
     Chooser,
     Criterion,
@@ -40,24 +38,21 @@ from secateur.plugins import (
     Method,
     check_chooser,
     make_chooser,
-    make_method,
     sees_dense_block,
 )
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PrunedMatrix
-from secateur.structured.channel_stream import ChannelStream, Whole
 from secateur.structured.channels import CutBinding
 from secateur.structured.configure import cut_shapes, shapes_of
 from secateur.structured.entries import apply_changes, as_spelled
-from secateur.structured.expert_stream import ExpertStream
-from secateur.structured.stream import UnitStream
 from secateur.verbs.asked import options_of
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.choices import CHANNELS, Choices, check_gradients, choose_channels, gradient_scores
 from secateur.verbs.dividing import divide
 from secateur.verbs.fingerprint import config_digest, fingerprint
 from secateur.verbs.shape import Model, Shape, plan_shape
+from secateur.verbs.streams import check_correction, check_reconstruction, make_stream, reconstruction
 from secateur.verify import Expected
 
 
@@ -184,6 +179,7 @@ def prepare(
     if isinstance(method, Method):
         method = with_refit(method, recipe.refit)
         check_correction(recipe, method)
+        reconstruction(recipe)
     device = resolve_device(recipe.device)
     asked = recipe.compute_dtype
     as_published = asked == "auto" and recipe.correction == "off"
@@ -235,6 +231,7 @@ def prepare(
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
     if _needs_data(method, recipe):
         calibration = calibrated()
+    check_reconstruction(recipe, len(calibration.batches))
     if shape.width is not None or shape.hidden is not None:
         check_gradients(method, model)
     if dtype is not None:
@@ -254,7 +251,7 @@ def prepare(
 
 def _needs_data(method: Chooser, recipe: Recipe) -> bool:
     if isinstance(method, Method):
-        return method.statistics != "none"
+        return method.statistics != "none" or recipe.reconstruct != "none"
     if isinstance(method, ExpertCriterion):
         return method.data
     return (method.data or recipe.update) and set(recipe.structure) != {"depth"}
@@ -280,7 +277,7 @@ def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
         sink = CheckpointSink(job.result_reader, writer, ledger, keys_of)
         if sink.blocks_done:
             reporter.note(f"resuming: {sink.blocks_done} of {len(keys_of)} blocks are done")
-        stream = _stream(job, sink, ActivationStore(limit, partial), reporter)
+        stream = make_stream(job, sink, ActivationStore(limit, partial), reporter)
         probe = job.calibration.probe or probe_inputs(job.model)
         result = stream.run(job.calibration.batches, probe)
         sink.copy_rest()
@@ -313,55 +310,6 @@ def _choose(job: Job, scratch: Path, reporter: Reporter) -> None:
         )  # fmt: skip
         made.keep, made.scales = chosen.keep, chosen.scales
     job.choices = made
-
-
-def _stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter: Reporter) -> BlockStream:
-    if isinstance(job.method, Method) and job.recipe.correction != "off":
-        beta = job.recipe.correction if isinstance(job.recipe.correction, float) else None
-        return CorrectingStream(
-            job.model, job.structure, job.binding, job.reader, sink, job.method, job.plan, store, job.device,
-            job.compute, job.recipe.seed, reporter, teacher=job.reader, beta=beta,
-        )  # fmt: skip
-    if isinstance(job.method, Method):
-        return BlockStream(
-            job.model, job.structure, job.binding, job.reader, sink, job.method, job.plan, store, job.device,
-            job.compute, job.recipe.seed, reporter,
-        )  # fmt: skip
-    if job.shape.experts is not None:
-        assert isinstance(job.method, ExpertCriterion)
-        return ExpertStream(
-            job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store,
-            job.device, job.compute, job.recipe.seed, reporter, experts=job.shape.experts, criterion=job.method,
-        )  # fmt: skip
-    width, hidden = job.shape.width, job.shape.hidden
-    if hidden is not None:
-        small, keep = hidden.shrunk.skeleton, job.choices.keep
-        assert keep is not None
-        return ChannelStream(
-            small, find_structure(small), job.cut_binding(), job.reader, sink, make_method("magnitude"), job.plan,
-            store, job.device, job.compute, job.recipe.seed, reporter, channels=hidden, keep=keep,
-            update=job.recipe.update, whole=Whole(job.model, job.structure, job.binding, Stored(job.reader)),
-        )  # fmt: skip
-    jobs = width.jobs if width is not None else {}
-    criterion = job.method if isinstance(job.method, Criterion) else None  # at sparsity 0 nothing is chosen
-    return UnitStream(
-        job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store, job.device,
-        job.compute, job.recipe.seed, reporter, jobs=jobs, criterion=criterion,
-        update=job.recipe.update, saliences=job.choices.saliences,
-    )  # fmt: skip
-
-
-def check_correction(recipe: Recipe, method: Method) -> None:
-    """Refuse an error correction that would have nothing to go by.
-
-    Raises:
-        UsageError: saying what it needs.
-    """
-    if recipe.correction != "off" and method.statistics != "gram":
-        raise UsageError(
-            f"--error-correction needs the Gram matrix of the inputs, which {name_of(method)} does not gather",
-            hint="add --refit, or use --method sparsegpt, admm or alps",
-        )
 
 
 def _write_config(job: Job, partial: Path) -> None:

@@ -35,7 +35,7 @@ from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
 from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import check_measurable, measure_sides
-from secateur.verbs.verdict import correction_sentences, refit_sentences
+from secateur.verbs.verdict import correction_sentences, reconstruction_sentences, refit_sentences
 from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
@@ -160,6 +160,7 @@ def prune(
                 *allocation_sentences(written.matrices, recipe),
                 *refit_sentences(written.matrices, recipe.refit),
                 *correction_sentences(written.matrices),
+                *reconstruction_sentences(written.matrices),
             ],
             protocol={
                 **(job.calibration.protocol if recipe.structure else job.calibration_protocol),

@@ -13,6 +13,7 @@ from secateur.checkpoint.source import Source
 from secateur.checkpoint.writer import CheckpointWriter, layout_like
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
+from secateur.engine.block_training import BlockTraining
 from secateur.engine.blocks import find_structure
 from secateur.engine.device import activation_limit
 from secateur.engine.forward import probe_inputs, stream_losses
@@ -22,7 +23,7 @@ from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
 from secateur.plugins import make_method
 from secateur.progress import Reporter
-from secateur.recovery.blocks import BlockRecovery, BlockTraining
+from secateur.recovery.blocks import BlockRecovery
 from secateur.verbs.lesson import Lesson
 from secateur.verbs.taught import ASSESSED, Taught, generalisation
 

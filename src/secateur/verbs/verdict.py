@@ -54,6 +54,22 @@ def correction_sentences(matrices: Sequence[PrunedMatrix]) -> list[str]:
     ]
 
 
+def reconstruction_sentences(matrices: Sequence[PrunedMatrix]) -> list[str]:
+    """What the training of blocks did to the error of their outputs on data held out, where there was one."""
+    pairs = [one.held_out_error for one in matrices if one.held_out_error is not None]
+    # The matrices of a block, or of a half, have one error together.
+    errors = [pair for at, pair in enumerate(pairs) if at == 0 or pair != pairs[at - 1]]
+    if not errors:
+        return []
+    before, after = (sum(pair[side] for pair in errors) / len(errors) for side in (0, 1))
+    same = sum(pair[0] == pair[1] for pair in errors)
+    kept = f"; {same} stayed as they were, as nothing did better" if same else ""
+    return [
+        f"Blocks were reconstructed {len(errors)} times: their relative squared error on calibration data held out "
+        f"went from {before:.3g} to {after:.3g} (mean){kept}."
+    ]
+
+
 def conversion_sentences(
     told: Sequence[str], before: Measured, after: Measured, decode: Ratio | None, *, needs_training: bool
 ) -> list[str]:
