@@ -24,9 +24,8 @@ BUDGET_STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
 LOOKED_AT = {"round_to": ("ffn", "hidden"), "update": ("ffn", "kv-groups", "heads", "hidden")}
 """Which structures look at a field."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
-BITS = (8, 4)
-GROUP_SIZES = (64, 128)
-"""Columns that may share a scale when weights are rounded."""
+BITS, GROUP_SIZES = (8, 4), (64, 128)
+"""Of rounded weights, and how many may share a scale."""
 RECONSTRUCTED = ("none", "block", "half-block")
 """What --reconstruct can train in one go."""
 
@@ -81,9 +80,9 @@ class Recipe:
     reconstruct_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of --reconstruct, as KEY=VALUE: passes, learning_rate, batch; docs/methods.md says what they are."""
     bits: int | None = None
-    """Round the kept weights to 8 or 4 bits once the zeros are known, each error made good by the weights that follow;
-    zeros stay zero. Written as the rounded numbers, in float32; `export --format sparse` with the same bits and group
-    size packs them without loss. It takes a method with the Gram matrix of the inputs."""
+    """Round the kept weights to 8 or 4 bits once the zeros are known, each error made good by the other weights; zeros
+    stay zero. Written as the rounded numbers, in float32; the sparse format of `secateur export` packs them without loss
+    in the same bits and group size. It takes a method with the Gram matrix of the inputs."""
     group_size: int | None = None
     """With --bits: weights of a row that share a scale, 64 or 128 (64)."""
     allocation: str = "uniform"
@@ -310,8 +309,7 @@ def _default_of(entry: dataclasses.Field[Any]) -> Any:
     return entry.default
 
 
-_STRINGS = {"method", "budget", "depth_by", "pattern", "reconstruct", "allocation", "calibration", "device"}
-_STRINGS |= {"dtype", "compute_dtype"}
+_STRINGS = {"method", "budget", "depth_by", "pattern", "reconstruct", "allocation", "calibration", "device", "dtype"}
 _INTEGERS = {"samples", "sequence_length", "seed", "round_to", "bits", "group_size"}
 
 
@@ -325,7 +323,7 @@ def _checked(key: str, value: Any, where: str) -> Any:
         if key in {"samples", "sequence_length", "sparsity", "budget", "refit", "bits", "group_size"}:
             return None
         raise refuse("set; leave the line out for the default")
-    if key in _STRINGS:
+    if key in _STRINGS or key == "compute_dtype":
         if key == "pattern" and isinstance(value, int):  # YAML 1.1 reads 2:4 as the base-60 number 124
             raise RecipeError(f"{where}: pattern is the number {value}", hint='write N:M in quotes: pattern: "2:4"')
         if not isinstance(value, str):
