@@ -81,8 +81,8 @@ class Recipe:
     """Options of --reconstruct, as KEY=VALUE: passes, learning_rate, batch; docs/methods.md says what they are."""
     bits: int | None = None
     """Round the kept weights to 8 or 4 bits once the zeros are known, each error made good by the other weights; zeros
-    stay zero. Written as the rounded numbers, in float32; the sparse format of `secateur export` packs them without loss
-    in the same bits and group size. It takes a method with the Gram matrix of the inputs."""
+    stay zero. Written as the rounded numbers, in float32, which the sparse format packs without loss in the same bits
+    and group size. It takes a method with the Gram matrix of the inputs."""
     group_size: int | None = None
     """With --bits: weights of a row that share a scale, 64 or 128 (64)."""
     allocation: str = "uniform"
