@@ -54,6 +54,8 @@ class Solved:
     """Anything that must not stay silent: raised damping, dead inputs. The engine prints and records it."""
     loss_before_refit: float | None = None
     """``loss`` before the kept weights were solved anew, where they were."""
+    loss_before_rounding: float | None = None
+    """``loss`` before the kept weights were rounded to few bits, where they were."""
 
 
 @runtime_checkable

@@ -24,6 +24,8 @@ BUDGET_STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
 LOOKED_AT = {"round_to": ("ffn", "hidden"), "update": ("ffn", "kv-groups", "heads", "hidden")}
 """Which structures look at a field."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
+BITS, GROUP_SIZES = (8, 4), (64, 128)
+"""Of rounded weights, and how many may share a scale."""
 RECONSTRUCTED = ("none", "block", "half-block")
 """What --reconstruct can train in one go."""
 
@@ -77,6 +79,12 @@ class Recipe:
     outputs: block, half-block (attention first, then the rest), or none. The best state on data held out stays."""
     reconstruct_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of --reconstruct, as KEY=VALUE: passes, learning_rate, batch; docs/methods.md says what they are."""
+    bits: int | None = None
+    """Round the kept weights to 8 or 4 bits once the zeros are known, each error made good by the other weights; zeros
+    stay zero. Written as the rounded numbers, in float32, which the sparse format packs without loss in the same bits
+    and group size. It takes a method with the Gram matrix of the inputs."""
+    group_size: int | None = None
+    """With --bits: weights of a row that share a scale, 64 or 128 (64)."""
     allocation: str = "uniform"
     """How the sparsity is divided among the matrices: the name of a rule, or a .yaml file that `secateur allocate`
     wrote (moved to --sparsity where that is given as well)."""
@@ -126,6 +134,7 @@ class Recipe:
             raise UnknownNameError("way to reconstruct", self.reconstruct, RECONSTRUCTED)
         if self.reconstruct_options and self.reconstruct == "none":
             raise RecipeError("reconstruct_options need --reconstruct block or half-block", hint="leave them out")
+        self._check_bits()
         if self.allocation_options and is_file(self.allocation):
             raise RecipeError(f"allocation {self.allocation} is a file, which has no options", hint="leave them out")
         for name in ("samples", "sequence_length", "round_to"):
@@ -151,6 +160,28 @@ class Recipe:
                 f"error_correction is '{self.error_correction}'", hint="give off, auto, or a share from 0 to 1"
             )
         return share
+
+    def _check_bits(self) -> None:
+        if self.bits is None:
+            if self.group_size is not None:
+                raise RecipeError("group_size needs --bits", hint="leave it out, or give --bits 8")
+            return
+        if self.bits not in BITS:
+            raise RecipeError(f"bits is {self.bits}", hint="it must be 8 or 4")
+        if self.columns_of_scale not in GROUP_SIZES:
+            raise RecipeError(f"group_size is {self.group_size}", hint="it must be 64 or 128")
+        if self.dtype not in ("auto", "float32"):
+            raise RecipeError(
+                f"dtype {self.dtype} cannot hold weights of {self.bits} bits, which are exact in float32",
+                hint="leave dtype out, and export the result with --format sparse",
+            )
+        if self.reconstruct != "none":
+            raise RecipeError("--reconstruct would take weights off the grid of --bits", hint="leave one of them out")
+
+    @property
+    def columns_of_scale(self) -> int:
+        """Weights of a row that share a scale when they are rounded."""
+        return GROUP_SIZES[0] if self.group_size is None else self.group_size
 
     def _check_structure(self) -> None:
         if self.budget is not None:
@@ -188,8 +219,8 @@ class Recipe:
         """
         units = {*self.structure} - {"depth"}
         single = (
-            "pattern", "refit", "error_correction", "reconstruct", "reconstruct_options", "allocation",
-            "allocation_options", "targets", "ignore", "overrides",
+            "pattern", "refit", "error_correction", "reconstruct", "reconstruct_options", "bits", "group_size",
+            "allocation", "allocation_options", "targets", "ignore", "overrides",
         )  # fmt: skip
         for name in names:
             if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
@@ -278,11 +309,8 @@ def _default_of(entry: dataclasses.Field[Any]) -> Any:
     return entry.default
 
 
-_STRINGS = {
-    "method", "budget", "depth_by", "pattern", "reconstruct", "allocation", "calibration", "device", "dtype",
-    "compute_dtype",
-}  # fmt: skip
-_INTEGERS = {"samples", "sequence_length", "seed", "round_to"}
+_STRINGS = {"method", "budget", "depth_by", "pattern", "reconstruct", "allocation", "calibration", "device", "dtype"}
+_INTEGERS = {"samples", "sequence_length", "seed", "round_to", "bits", "group_size"}
 
 
 def _checked(key: str, value: Any, where: str) -> Any:
@@ -292,10 +320,10 @@ def _checked(key: str, value: Any, where: str) -> Any:
         return RecipeError(f"{where}: {key} is {value!r}", hint=f"{key} must be {expected}")
 
     if value is None:
-        if key in {"samples", "sequence_length", "sparsity", "budget", "refit"}:
+        if key in {"samples", "sequence_length", "sparsity", "budget", "refit", "bits", "group_size"}:
             return None
         raise refuse("set; leave the line out for the default")
-    if key in _STRINGS:
+    if key in _STRINGS or key == "compute_dtype":
         if key == "pattern" and isinstance(value, int):  # YAML 1.1 reads 2:4 as the base-60 number 124
             raise RecipeError(f"{where}: pattern is the number {value}", hint='write N:M in quotes: pattern: "2:4"')
         if not isinstance(value, str):

@@ -122,6 +122,8 @@ class PrunedMatrix(Plain):
     """Numbers of the neurons or heads that stayed, where others were removed; of stacked experts, for each."""
     loss_before_refit: float | None = None
     """``loss`` before the kept weights were solved anew; None where they were not."""
+    loss_before_rounding: float | None = None
+    """``loss`` before the kept weights were rounded to few bits; None where they were not."""
     beta: float | None = None
     """Share of the correction of earlier errors that was taken; None without one."""
     held_out_error: list[float] | None = None

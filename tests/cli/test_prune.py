@@ -72,6 +72,8 @@ FLAGS = {
     "error_correction": (["--error-correction", "auto"], "auto"),
     "reconstruct": (["--reconstruct", "half-block"], "half-block"),
     "reconstruct_options": (["--reconstruct", "block", "--reconstruct-option", "passes=2"], {"passes": "2"}),
+    "bits": (["--bits", "4"], 4),
+    "group_size": (["--bits", "8", "--group-size", "128"], 128),
     "allocation": (["--allocation", "other"], "other"),
     "allocation_options": (["--allocation-option", "spread=0.1"], {"spread": "0.1"}),
     "calibration": (["--calibration", "text.txt"], "text.txt"),
@@ -90,7 +92,7 @@ FLAGS = {
 
 BESIDE = {
     "depth_by": {"structure": ("depth",)}, "round_to": {"structure": ("ffn",)}, "update": {"structure": ("ffn",)},
-    "reconstruct_options": {"reconstruct": "block"},
+    "reconstruct_options": {"reconstruct": "block"}, "group_size": {"bits": 8},
 }  # fmt: skip
 """What must be set for a field to have a meaning."""
 
@@ -129,6 +131,8 @@ def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
         "refit": True,
         "error_correction": 0.25,
         "reconstruct": "block",
+        "bits": 8,
+        "group_size": 64,
         "reconstruct_options": {"other": 2},
     }
     file = tmp_path / "recipe.yaml"

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from secateur.packing.check import check
 from secateur.packing.layout import Entry
 from secateur.packing.pack import Setting, best, count, entries_for, pack
-from secateur.packing.quantise import expand_scales, quantise
 from secateur.packing.unpack import gather_rows, row_blocks, unpack, unpack_rows
 from secateur.packing.words import from_words, popcount, to_words
+from secateur.quantise import expand_scales, quantise, settled
 from tests.packing.strategies import matrices, settings_of_values
 
 
@@ -70,6 +70,23 @@ def test_rounding_keeps_zeros_and_stays_near(matrix, how):
             error = ((part / plain).round() * plain - part).square().sum(1)
             of_scale = part.shape[1] * (largest * 2.0**-7).square()  # a bfloat16 has eight bits
             assert ((ours - part).square().sum(1) <= error * 1.05 + of_scale + 1e-38).all()
+
+
+@given(matrices(), st.sampled_from([8, 4]), st.sampled_from([0, 64, 128]))
+@settings(max_examples=120, deadline=None)
+def test_what_has_settled_is_its_own_rounding(matrix, bits, size):
+    columns = matrix.shape[1]
+    codes, scales = settled(matrix, bits, size)
+    wide = expand_scales(scales, columns, size)
+    values = codes.float() * wide
+    assert torch.equal(values.double(), codes.double() * wide.double()), "exact in float32"
+    again, other = quantise(values, bits, size)
+    assert torch.equal(again.float() * expand_scales(other, columns, size), values)
+    assert values[matrix == 0].eq(0).all()
+    if bits == 8:  # half a step, or a whole one where the largest is cut
+        assert ((values - matrix).abs() <= wide.abs() * torch.where(codes.abs() == 127, 1.01, 0.501)).all()
+    else:
+        assert all(map(torch.equal, (codes, scales), quantise(matrix, bits, size)))
 
 
 @given(st.integers(1, 200), st.integers(1, 5), st.integers(0, 2**32))

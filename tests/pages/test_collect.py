@@ -17,6 +17,7 @@ from secateur.pages.collect import Collector
 from secateur.pages.commands import command_of
 from secateur.pages.fronts import knee, pareto
 from secateur.pages.inputs import read_inputs
+from secateur.recipe import Recipe
 from secateur.study_result import Trial
 from tests.pages.made import bench, pruning, recovery, sizes, study, write
 
@@ -133,6 +134,22 @@ def test_a_command_makes_the_recipe_again(tmp_path):
         "secateur prune 'my model' -o out --method sparsegpt --sparsity 0.5 --pattern 2:4 --samples 8 "
         "'--ignore=*o_proj*' --method-option=block_size=64 '--override=*up*=0.6'"
     )
+
+
+def test_the_command_has_the_options_of_a_reconstruction():
+    recipe = Recipe(
+        method="sparsegpt",
+        sparsity=0.6,
+        error_correction="auto",
+        reconstruct="block",
+        reconstruct_options={"passes": 2},
+    )
+    assert command_of(pruning(recipe=recipe.to_dict()), "out") == (
+        "secateur prune base -o out --method sparsegpt --sparsity 0.6 --error-correction auto --reconstruct block "
+        "--reconstruct-option=passes=2"
+    )
+    rounded = Recipe(method="alps", bits=4, group_size=128).to_dict()
+    assert command_of(pruning(recipe=rounded), "out").endswith("--method alps --bits 4 --group-size 128")
 
 
 def test_blocks_and_kinds_are_found_in_names():

@@ -166,6 +166,22 @@ def test_what_does_not_help_is_taken_back(model: Path, tmp_path: Path) -> None:
     assert any("2 stayed as they were" in sentence for sentence in result.verdict)
 
 
+def test_a_training_that_goes_astray_changes_nothing_and_is_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned(model, tmp_path / "plain", "none", method="sparsegpt")
+    original = Reconstructing._error
+
+    def astray(self: Any, *given: Any) -> torch.Tensor:
+        found = original(self, *given)
+        return found * float("nan") if torch.is_grad_enabled() else found
+
+    monkeypatch.setattr(Reconstructing, "_error", astray)
+    result = pruned(model, tmp_path / "out", "block", method="sparsegpt")
+    assert same_bytes(tmp_path / "plain", tmp_path / "out")
+    assert any("went astray" in warning for warning in result.warnings)
+
+
 def test_dense_matrices_are_not_touched(model: Path, tmp_path: Path) -> None:
     result = pruned(model, tmp_path / "out", "block", {"learning_rate": RATE}, sparsity=0.0)
     assert all(torch.equal(weight, weights_of(model)[name]) for name, weight in weights_of(tmp_path / "out").items())

@@ -127,6 +127,8 @@ def prune(
     reconstruct_options: Annotated[
         list[str] | None, option("reconstruct_options", "--reconstruct-option", metavar="KEY=VALUE")
     ] = None,
+    bits: Annotated[int | None, option("bits")] = None,
+    group_size: Annotated[int | None, option("group_size")] = None,
     allocation: Annotated[str | None, option("allocation", metavar="NAME|FILE")] = None,
     allocation_options: Annotated[
         list[str] | None, option("allocation_options", "--allocation-option", metavar="KEY=VALUE")
@@ -174,6 +176,8 @@ def prune(
         "error_correction": error_correction,
         "reconstruct": reconstruct,
         "reconstruct_options": parse_pairs("--reconstruct-option", reconstruct_options or [], "passes=2"),
+        "bits": bits,
+        "group_size": group_size,
         "allocation": allocation,
         "allocation_options": parse_pairs("--allocation-option", allocation_options or [], "spread=0.1"),
         "method_options": parse_method_options(method_options or []),

@@ -106,7 +106,9 @@ class Solver:
                 method = self._stream.method
                 if method.statistics != "none":
                     unreached.append(f"{name}[{expert}]" if self._specs[name].experts else name)
+                    around = getattr(method, "around", None)  # what is done after any method is done here as well
                     method = make_method("magnitude")
+                    method = method if around is None else around(method)
                     self._reports[name].notes.append(f"expert {expert}: no calibration token came, pruned by magnitude")
                 self._solve(name, expert, method, None)
         if unreached:
@@ -135,9 +137,8 @@ class Solver:
             raise RunError(f"{name} does not fit {part.dtype} any more", hint="use --dtype bfloat16 or float32")
         self._solved.add((name, expert))
         report = self._reports[name]
-        if solved.loss is not None:
-            report.loss = (report.loss or 0.0) + solved.loss
-        if solved.loss_before_refit is not None:
-            report.loss_before_refit = (report.loss_before_refit or 0.0) + solved.loss_before_refit
+        for kind in ("loss", "loss_before_refit", "loss_before_rounding"):
+            if (loss := getattr(solved, kind)) is not None:  # experts are added up
+                setattr(report, kind, (getattr(report, kind) or 0.0) + loss)
         for note in [*notes, *solved.notes]:
             report.notes.append(f"expert {expert}: {note}" if spec.experts else note)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from secateur.packing.layout import PADDING, WORD, Entry
-from secateur.packing.quantise import quantise
 from secateur.packing.words import popcount, to_words
+from secateur.quantise import quantise
 
 BLOCK = 1 << 21
 """Weights that are worked on at once."""

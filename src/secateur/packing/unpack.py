@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from secateur.packing.layout import Entry, Tensors
-from secateur.packing.quantise import expand_scales
 from secateur.packing.words import from_words, popcount
+from secateur.quantise import expand_scales
 
 BLOCK = 1 << 21
 """Weights that are unpacked at once."""

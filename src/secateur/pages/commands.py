@@ -13,7 +13,7 @@ from secateur.recipe import Recipe
 from secateur.result import ConvertResult, PruneResult, RecoverResult
 from secateur.training import Training
 
-NESTED = ("method_options", "allocation_options", "overrides")
+NESTED = ("method_options", "allocation_options", "reconstruct_options", "overrides")
 """Fields of a recipe whose values are not said by one flag."""
 
 
@@ -91,13 +91,13 @@ def _flags(cls: type[Any], data: Mapping[str, Any]) -> list[str]:
 
 
 def _options(recipe: Mapping[str, Any]) -> list[str]:
-    """Options of the method and of the allocation that are not their defaults, and the overrides."""
+    """Options of method, allocation and reconstruction that are not their defaults, and the overrides."""
     structure = recipe.get("structure") or []
     kind = "expert_criteria" if "experts" in structure else "criteria" if structure else "methods"
     flags: list[str] = []
-    for owner, folder in (("method", kind), ("allocation", "allocation")):
+    for owner, folder in (("method", kind), ("allocation", "allocation"), ("reconstruct", "")):
         try:
-            described = describe(folder, str(recipe.get(owner)), folder).options
+            described = describe(folder, str(recipe.get(owner)), folder).options if folder else ()
         except SecateurError:  # one that this version does not have, or a file
             described = ()
         known = {option.name: str(option.default) for option in described}

@@ -13,7 +13,7 @@ from secateur.study.space import NONE, WEIGHTS, Space
 from secateur.study.values import Constraint, Direction, Task
 from secateur.training import Training
 
-SINGLE = ("targets", "ignore", "overrides", "allocation_options", "reconstruct_options")
+SINGLE = ("targets", "ignore", "overrides", "bits", "group_size", "allocation_options", "reconstruct_options")
 """Fields of a recipe that mean something only where single weights go."""
 FIXED = (*SINGLE, "round_to", "update", "depth_by", "device", "compute_dtype", "activation_memory")
 """Fields of a recipe that a study can fix beside those that it can vary."""

@@ -29,7 +29,8 @@ from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import CheckpointError, WeightValueError
-from secateur.methods._refitted import Refitted, with_refit
+from secateur.methods._quantised import bare, with_bits
+from secateur.methods._refitted import with_refit
 from secateur.plugins import (
     Chooser,
     Criterion,
@@ -87,7 +88,7 @@ class Job:
     @property
     def method_options(self) -> dict[str, Any]:
         """The options of the method by name; none where it is asked nothing."""
-        asked = self.method.method if isinstance(self.method, Refitted) else self.method
+        asked = bare(self.method) if isinstance(self.method, Method) else self.method
         return {} if self.recipe.method == "auto" else options_of(asked)
 
     @property
@@ -177,7 +178,7 @@ def prepare(
         method = make_chooser(name, recipe.structure, recipe.method_options)
     check_chooser(method, recipe.structure)
     if isinstance(method, Method):
-        method = with_refit(method, recipe.refit)
+        method = with_bits(with_refit(method, recipe.refit), recipe.bits, recipe.columns_of_scale)
         check_correction(recipe, method)
         reconstruction(recipe)
     device = resolve_device(recipe.device)
@@ -204,6 +205,9 @@ def prepare(
         compute = torch.float32  # the format of the verification, as they are there in one format only
     names = [matrix.name for matrix in structure.matrices]
     prunable = {key: reader.info(key).numel for key in binding.keys_of(names)}
+    if recipe.bits is not None and any(reader.info(key).dtype != torch.float32 for key in prunable):
+        dtype = torch.float32
+        reporter.note(f"written as float32, in which weights of {recipe.bits} bits are exact; export packs them")
     loaded: list[Calibration] = []
 
     def calibrated() -> Calibration:

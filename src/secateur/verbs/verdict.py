@@ -31,7 +31,10 @@ def refit_sentences(matrices: Sequence[PrunedMatrix], asked: bool | None) -> lis
     Args:
         asked: ``refit`` of the recipe.
     """
-    pairs = [(one.loss_before_refit, one.loss) for one in matrices if one.loss_before_refit]
+    pairs = [
+        (one.loss_before_refit, one.loss if one.loss_before_rounding is None else one.loss_before_rounding)
+        for one in matrices if one.loss_before_refit
+    ]  # fmt: skip
     ratios = [math.log(max(after, 1e-30) / before) for before, after in pairs if before and after is not None]
     if ratios:
         gone = 1 - math.exp(sum(ratios) / len(ratios))
@@ -51,6 +54,22 @@ def correction_sentences(matrices: Sequence[PrunedMatrix]) -> list[str]:
     return [
         f"Errors of earlier matrices were corrected in {len(shares)} of {len(matrices)}: share of the correction "
         f"{middle:.2f} (median; {shares[0]:.2f} to {shares[-1]:.2f})."
+    ]
+
+
+def rounding_sentences(matrices: Sequence[PrunedMatrix], bits: int | None, group_size: int) -> list[str]:
+    """What the rounding of the kept weights added to the error; nothing where they were not rounded."""
+    if bits is None:
+        return []
+    said = f"Kept weights were rounded to {bits} bits, {group_size} to a scale"
+    pairs = [(one.loss_before_rounding, one.loss) for one in matrices if one.loss_before_rounding]
+    ratios = [math.log(after / before) for before, after in pairs if before and after]
+    if not ratios:
+        return [f"{said}."]
+    more = math.exp(sum(ratios) / len(ratios)) - 1
+    return [
+        f"{said}: the squared error of the outputs of {len(ratios)} matrices on the calibration data "
+        f"{'grew' if more >= 0 else 'fell'} by {abs(more):.1%} (geometric mean)."
     ]
 
 
