@@ -1,11 +1,12 @@
 """How good pruning in one shot can be, and what each part of it brings, on the demo model.
 
-By the reference protocol: calibration is the first 32 windows of 1,024 tokens of a part of the WikiText-2 validation text
-(seed 1 of six parts begins where the protocol begins), perplexity is measured on the first 40 windows of 1,024 tokens of
-the test text, and on as many as there are of the measuring half of the built-in text, documentation of Python ("Python
-text"). "sparsegpt" is the published method, in the same engine; "refit" solves its kept weights anew, "correction" is
-`--error-correction auto`, "block" is `--reconstruct block`. "of sparsegpt" is the perplexity by that of sparsegpt with
-the same text. Minutes and peak memory are of the whole process, on one thread, with other work on the second core.
+By the reference protocol: calibration is the first 32 windows of 1,024 tokens of a part of the WikiText-2 validation
+text (seed 1 of six parts begins where the protocol begins), perplexity is measured on the first 40 windows of 1,024
+tokens of the test text, and on as many as there are of the measuring half of the built-in text, documentation of
+Python ("Python text"). "sparsegpt" is the published method, in the same engine; "refit" solves its kept weights anew,
+"correction" is `--error-correction auto`, "block" is `--reconstruct block`. "of sparsegpt" is the perplexity by that
+of sparsegpt with the same text. Minutes and peak memory are of the whole process, on one thread, with other work on
+the second core.
 
     SECATEUR_DATA=folder python benchmarks/one_shot.py [--only "50%, alps, seed 1;..."] [--log FILE] [--questions]
 """
@@ -85,8 +86,8 @@ def _measured(flags: list[str], text: Path, out: Path, data: Path, questions: bo
     )  # fmt: skip
     row = _reference.quality(str(out), data, questions=questions)
     other = _common.secateur(
-        "evaluate", str(out), "--sequence-length", str(_reference.LENGTH), "--samples", str(_reference.WINDOWS), "--json",
-        "--quiet",
+        "evaluate", str(out), "--sequence-length", str(_reference.LENGTH), "--samples", str(_reference.WINDOWS),
+        "--json", "--quiet",
     )  # fmt: skip
     row["Python text"] = json.loads(other.stdout)["perplexity"]
     return {**row, "minutes": run.seconds / 60, "peak MB": run.peak_rss_bytes / 1e6}
