@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import secateur
 from secateur.errors import RecipeError, SecateurError, UsageError
+from secateur.methods._quantised import rounded
 from secateur.recipe import Recipe
 from secateur.verbs.export import export
 from tests.models import calibration_for, tiny_model, tiny_tokenizer
@@ -95,6 +96,16 @@ def test_experts_that_no_token_reaches_are_rounded_too(tmp_path: Path) -> None:
     for weight in experts:
         for row in weight.reshape(-1, weight.shape[-1])[:, :64]:
             assert len(row.unique()) <= 16
+
+
+def test_a_model_in_memory_must_be_able_to_hold_it() -> None:
+    held = tiny_model("llama").to(torch.bfloat16)
+    with pytest.raises(UsageError, match="not exact in bfloat16"):
+        secateur.prune(held, bits=8, calibration=calibration_for("llama"), verify=False, evaluate=False)
+    held = tiny_model("llama")
+    secateur.prune(held, bits=8, calibration=calibration_for("llama"), verify=False, evaluate=False)
+    weight = held.state_dict()["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(rounded(weight, 8, 64), weight)
 
 
 def test_matrices_that_are_ignored_keep_all_their_bits(model: Path, tmp_path: Path) -> None:

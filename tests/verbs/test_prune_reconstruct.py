@@ -216,6 +216,16 @@ def test_a_resumed_run_ends_like_one_that_went_through(
     assert [one.held_out_error for one in result.matrices] == [one.held_out_error for one in whole.matrices]
 
 
+def test_a_model_in_memory_takes_over_norms_as_well(model: Path, tmp_path: Path) -> None:
+    pruned(model, tmp_path / "out", "half-block", {"learning_rate": RATE})
+    held = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    settings = {"calibration": calibration_for("llama", rows=128), "compute_dtype": "float32"}
+    secateur.prune(held, reconstruct="half-block", reconstruct_options={"learning_rate": RATE}, verify=False,
+                   evaluate=False, **settings)  # fmt: skip
+    wanted = weights_of(tmp_path / "out")
+    assert all(torch.equal(weight, wanted[name]) for name, weight in held.state_dict().items())
+
+
 def test_spilled_activations_change_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"error_correction": "1"}
     pruned(model, tmp_path / "kept", "half-block", {"learning_rate": RATE}, **settings)

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
 from secateur.checkpoint.folder import OutputFolder
@@ -93,6 +94,9 @@ def prune(
         named: list[Path] = []
         if in_place and in_memory is not None and recipe.structure:
             raise UsageError("a model in memory cannot become smaller in place", hint="give OUT, and load it")
+        if in_place and in_memory is not None and recipe.bits is not None and in_memory.dtype != torch.float32:
+            kind = str(in_memory.dtype).removeprefix("torch.")
+            raise UsageError(f"weights of {recipe.bits} bits are not exact in {kind}, in place", hint="give OUT")
         if in_memory is not None:
             if out is not None:
                 OutputFolder(out, overwrite=overwrite, resume=resume)
@@ -186,7 +190,11 @@ def prune(
             raise _not_written(error, folder.partial) from error
         folder.commit()
         if in_memory is not None and in_place:
-            take_over(in_memory, Path(out), [matrix.name for matrix in written.matrices])
+            names = [matrix.name for matrix in written.matrices]
+            if recipe.reconstruct != "none":  # norms and biases learned as well
+                held = dict(in_memory.named_parameters())
+                names = [name for block in job.structure.blocks for name in block.tensors if name in held]
+            take_over(in_memory, Path(out), names)
     return pruned
 
 
