@@ -157,6 +157,7 @@ def said(ours, theirs, name, median, differs=True):
         (row("kernels", 50), row(), DECODE, 0.5, "0.50)."),
         (row(), row("kernels", 50), DECODE, 0.5, ": the kernels read the other's weights packed, and zeros are skip"),
         (row("kernels", 50), row(), PROMPT, 0.8, ": for a prompt its weights are unpacked, and zeros save nothing."),
+        (row("kernels"), row(), PROMPT, 0.8, ": for a prompt its weights are unpacked."),
         (row("kernels", 50), row(), PROMPT, 1.2, "1.20)."),
         (row("slow", 50), row(), DECODE, 0.2, ": its packed weights are unpacked each time they are used (no wheel)."),
         (row(), row("slow", 50), DECODE, 5.0, ": the other's packed weights are unpacked each time"),

@@ -89,13 +89,13 @@ def _why_speed(name: str, ours: Quantities, theirs: Quantities, found: RatioResu
     ):  # fmt: skip
         if not (row.packed and found.differs):
             continue
+        zeros = _has_more_zeros(row, other)
         if row.kernels is None and not ahead:
             return f": {whose} packed weights are unpacked each time they are used ({row.missing['kernels']})"
         if row.kernels is not None and prompt and not ahead:
-            return f": for a prompt {whose} weights are unpacked, and zeros save nothing"
+            return f": for a prompt {whose} weights are unpacked{', and zeros save nothing' if zeros else ''}"
         if row.kernels is not None and not prompt and ahead:
-            zeros = ", and zeros are skipped" if _has_more_zeros(row, other) else ""
-            return f": the kernels read {whose} weights packed{zeros}"
+            return f": the kernels read {whose} weights packed{', and zeros are skipped' if zeros else ''}"
     return ""
 
 
