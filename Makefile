@@ -16,6 +16,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 torch_index = $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
+have_kernels = $(BIN)/python -c 'import sys; from secateur.runtime.kernels import find; sys.exit(not find().module)'
+no_kernels = note: there are no CPU kernels (make kernels needs a C++ compiler and CMake); the sparse file is written, \
+  but left out of the comparison: PyTorch unpacks it each time it is used, which is slow
+
 .PHONY: help install kernels kernels-sanitize demo test lint bench bench-kernels coverage docs docs-check wheel clean
 .DEFAULT_GOAL := help
 
@@ -53,10 +57,16 @@ kernels-sanitize: ## Run the kernels on guarded memory, then under AddressSaniti
 	cmake --build build/sanitize --parallel 2 --target driver
 	build/sanitize/driver $(ARGS)
 
+# Without a C++ compiler the demo does without the kernels: the sparse file is written, its speed is not measured.
 demo: $(VENV)/secateur ## Prune a real model twice, half of its weights and a fifth of its neurons, and compare on one page
+	@$(have_kernels) || { command -v $(CXX) >/dev/null && $(MAKE) --no-print-directory kernels; } || \
+	  echo "$(no_kernels)" >&2
 	$(BIN)/secateur prune demo -o $(OUT) --no-evaluate --overwrite $(ARGS)
 	$(BIN)/secateur prune demo -o $(OUT)-smaller --structure ffn --sparsity 0.2 --no-evaluate --overwrite
-	$(BIN)/secateur bench $(OUT)-smaller --against demo --against $(OUT) --rounds 6 -o $(OUT).json --overwrite
+	$(BIN)/secateur export $(OUT) -o $(OUT)-sparse --format sparse --bits 8 --overwrite
+	$(BIN)/secateur export demo -o $(OUT)-dense --format sparse --bits 8 --force --overwrite
+	@packed="--against $(OUT)-sparse --against $(OUT)-dense"; $(have_kernels) || packed=; \
+	  $(BIN)/secateur bench $(OUT)-smaller --against demo --against $(OUT) $$packed --rounds 6 -o $(OUT).json --overwrite
 	$(BIN)/secateur report $(OUT) $(OUT)-smaller $(OUT).json -o $(OUT).html --samples 2 --sequence-length 256 --overwrite
 
 test: $(VENV)/dev ## Run all tests

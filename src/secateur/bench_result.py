@@ -17,7 +17,8 @@ class Quantities(Plain):
     runtime: str
     """transformers or llama.cpp."""
     format: str
-    """Number format of the weights: float32, bfloat16, q8_0 (8 bits), q4_0 (4 bits)."""
+    """Number format of the weights: float32, bfloat16, q8_0 (8 bits), q4_0 (4 bits); of packed ones also how: sparse
+    int8 (zeros are left out), dense int8."""
     parameters: int | None = None
     nonzero: int | None = None
     bytes_disk: int | None = None
@@ -35,10 +36,18 @@ class Quantities(Plain):
     joules_per_token: float | None = None
     grams_co2_per_token: float | None = None
     perplexity: float | None = None
+    kernels: str | None = None
+    """Of packed weights: the variant of the CPU kernels that multiplies with them. None, with a reason in ``missing``,
+    where they are unpacked each time they are used; None without a reason where nothing is packed."""
     efficiency: float | None = None
     """Mean of parameters, operations, bits of a number and bytes, each relative to the first dense model; 1 for it."""
     missing: dict[str, str] = field(default_factory=dict)
     """Name of a field that is None -> why it was not measured."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether the weights are in the sparse format."""
+        return self.kernels is not None or "kernels" in self.missing
 
     @property
     def label(self) -> str:

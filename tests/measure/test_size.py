@@ -38,6 +38,7 @@ def test_integers_are_no_parameters_and_keep_their_bytes(tmp_path):
         {"w": torch.tensor([0.0, -0.0, 1.0], dtype=torch.float16), "ids": torch.zeros(5, dtype=torch.int64)},
         tmp_path / "model.safetensors",
     )
+    (tmp_path / "config.json").write_text("{}")
     found = measure_size(tmp_path)
     assert (found.parameters, found.nonzero) == (3, 1)
     assert found.bytes_as(torch.float32) == 3 * 4 + 5 * 8

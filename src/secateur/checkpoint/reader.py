@@ -131,6 +131,14 @@ class CheckpointReader:
             self._read_into(info, start, buffer)
             yield buffer.view(info.dtype)
 
+    def zeros(self, key: str) -> int:
+        """How many of the tensor's numbers are zero.
+
+        Raises:
+            CheckpointError: as ``tensor``.
+        """
+        return sum(int((chunk == 0).sum()) for chunk in self.chunks(key))
+
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
         with self._lock:

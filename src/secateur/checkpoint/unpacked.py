@@ -14,7 +14,7 @@ from secateur.errors import CheckpointError
 from secateur.packing.check import check
 from secateur.packing.header import Header, check_places, header_of
 from secateur.packing.layout import Entry
-from secateur.packing.unpack import row_blocks, unpack, unpack_rows
+from secateur.packing.unpack import count_nonzero, row_blocks, unpack, unpack_rows
 
 
 class UnpackedReader(CheckpointReader):
@@ -96,6 +96,17 @@ class UnpackedReader(CheckpointReader):
             return
         for first, last in row_blocks(entry, max(1, nbytes // dtype.itemsize)):
             yield unpack_rows(entry, parts, starts, first, last, dtype).reshape(-1)
+
+    def zeros(self, key: str) -> int:
+        """How many of the tensor's numbers are zero; of a packed matrix without unpacking it.
+
+        Raises:
+            CheckpointError: as ``tensor``.
+        """
+        if key not in self._packed:
+            return super().zeros(key)
+        entry, parts, _ = self._open(key)
+        return entry.numel - count_nonzero(entry, parts)
 
     def _open(self, key: str) -> tuple[Entry, Mapping[str, torch.Tensor], torch.Tensor]:
         name, entry = self._packed[key]

@@ -1,4 +1,7 @@
-"""What a model folder holds: bytes, parameters, zeros. Read piece by piece, never as a whole."""
+"""What a model folder holds: bytes, parameters, zeros. Read piece by piece, never as a whole.
+
+Of a folder in the sparse format the numbers that it stands for are counted, and the bytes that they take in the file.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from secateur.checkpoint.reader import CheckpointReader
+from secateur.checkpoint.unpacked import open_reader
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Size:
     """Number format of most of the bytes, e.g. float32."""
     elements: dict[str, int] = field(default_factory=dict)
     """Numbers stored, by their format."""
+    zeros: dict[str, int] = field(default_factory=dict)
+    """Zeros of each floating-point tensor, by its name in the files (of a packed one: by that of its weight)."""
 
     def bytes_as(self, dtype: torch.dtype) -> int:
         """Bytes of the tensors if every floating-point number was stored as ``dtype`` (without file headers)."""
@@ -44,12 +49,14 @@ def measure_size(folder: str | Path, keys: Collection[str] = ()) -> Size:
         keys: tensors whose zeros are also counted apart, by their names in the files.
 
     Raises:
+        SourceError: when there is no config.json that can be read.
         CheckpointError: when a file is missing, truncated or corrupt.
     """
     elements: Counter[str] = Counter()
     nbytes: Counter[str] = Counter()
     parameters = nonzero = zeros_of_keys = 0
-    with CheckpointReader(folder) as reader:
+    counted: dict[str, int] = {}
+    with open_reader(Path(folder)) as reader:
         for key in reader.keys:
             info = reader.info(key)
             name = str(info.dtype).removeprefix("torch.")
@@ -57,12 +64,13 @@ def measure_size(folder: str | Path, keys: Collection[str] = ()) -> Size:
             nbytes[name] += info.nbytes
             if not info.dtype.is_floating_point and key not in keys:
                 continue
-            zeros = sum(int((chunk == 0).sum()) for chunk in reader.chunks(key))
+            zeros = reader.zeros(key)
             if info.dtype.is_floating_point:
+                counted[key] = zeros
                 parameters += info.numel
                 nonzero += info.numel - zeros
             if key in keys:
                 zeros_of_keys += zeros
         bytes_disk = sum(shard.path.stat().st_size for shard in reader.shards)
     widest = nbytes.most_common(1)[0][0] if nbytes else "float32"
-    return Size(bytes_disk, parameters, nonzero, zeros_of_keys, widest, dict(elements))
+    return Size(bytes_disk, parameters, nonzero, zeros_of_keys, widest, dict(elements), counted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,16 @@ class Header:
     """What a folder packs: module of the model -> entry."""
 
     matrices: Mapping[str, Entry] = field(default_factory=dict)
+
+    @property
+    def number_format(self) -> str:
+        """How most of the weights that leave zeros out are stored (where none do, of all): ``sparse int8``."""
+        entries = list(self.matrices.values())
+        weights: Counter[str] = Counter()
+        for entry in [one for one in entries if one.kind != "dense"] or entries:
+            kind = "sparse" if entry.kind == "mask" else entry.kind
+            weights[f"{kind} {entry.dtype if entry.bits == 16 else f'int{entry.bits}'}"] += entry.numel
+        return weights.most_common(1)[0][0]
 
     def to_dict(self) -> dict[str, Any]:
         """The content of ``quantization_config``."""

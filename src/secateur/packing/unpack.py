@@ -87,6 +87,14 @@ def unpack(entry: Entry, tensors: Tensors, dtype: torch.dtype, starts: Tensor | 
     return whole
 
 
+def count_nonzero(entry: Entry, tensors: Tensors) -> int:
+    """How many of the stored numbers are not zero; all that are not stored are zero."""
+    stored = tensors["values"]
+    if entry.bits != 4:
+        return int(stored.count_nonzero())
+    return int((stored & 15).count_nonzero()) + int((stored >> 4).count_nonzero())
+
+
 def _codes(octets: Tensor) -> Tensor:
     """The two signed numbers of each byte, low half first: int8, (..., 2 n)."""
     signed = octets.view(torch.int8)

@@ -48,6 +48,13 @@ def find() -> Kernels:
     return Kernels(module, "")
 
 
+def told() -> str:
+    """Which kernels run, and how they take activations; for people."""
+    module = find().module
+    name = next(name for name, number in module.ACTIVATIONS.items() if number == activations())
+    return f"secateur-kernels {module.__version__}, {module.variant()}, activations {name}"
+
+
 @functools.cache
 def activations() -> int:
     """How activations meet weights of 8 and 4 bits, as the kernels number it.

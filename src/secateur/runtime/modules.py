@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from secateur.packing.check import check
 from secateur.packing.layout import PARTS, Entry
 from secateur.packing.unpack import BLOCK, gather_rows, row_blocks, unpack, unpack_rows
 from secateur.runtime import kernels, ops
+
+if TYPE_CHECKING:
+    from secateur.runtime.siblings import Siblings
 
 
 class Packed(nn.Module):
@@ -38,6 +41,11 @@ class Packed(nn.Module):
         """How the kernels take activations; None without kernels."""
         for part, (kind, shape) in entry.parts().items():
             self.register_buffer(part, torch.empty(shape, dtype=kind))
+
+    @property
+    def parts(self) -> Mapping[str, Tensor]:
+        """The packed tensors by part, and ``starts``, of a module that was checked; at no cost."""
+        return self._buffers  # type: ignore[return-value]
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The packed tensors by part."""
@@ -74,10 +82,10 @@ class Packed(nn.Module):
         Returns:
             (..., rows).
         """
-        tensors, dtype = self.tensors(), inputs.dtype
         fast = self.activations is not None and ops.runs(self.entry, inputs)
-        if self.activations is not None and fast and inputs.numel() <= ops.TOKENS * self.entry.columns:
-            return ops.linear(self.entry, tensors, self.starts, inputs, bias, self.activations)
+        if fast and inputs.numel() <= ops.TOKENS * self.entry.columns:
+            return self.few(inputs, bias)
+        tensors, dtype = self.tensors(), inputs.dtype
         rows_of = ops.unpack if fast else unpack_rows
         parts = []
         for first, last in row_blocks(self.entry, ops.BLOCK if fast else BLOCK):
@@ -85,6 +93,11 @@ class Packed(nn.Module):
             own = None if bias is None else bias[first:last].to(dtype)
             parts.append(functional.linear(inputs, rows, own))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def few(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """``product`` of up to `ops.TOKENS` tokens, which the kernels compute."""
+        assert self.activations is not None
+        return ops.linear(self.entry, self.parts, self.parts["starts"], inputs, bias, self.activations)
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Single rows, (*numbers.shape, columns)."""
@@ -113,9 +126,17 @@ class SparseLinear(Packed):
         super().__init__(entry, dtype)
         self.bias = bias
         self.in_features, self.out_features = entry.columns, entry.rows
+        self.siblings: Siblings | None = None
+        """Others that may get the same input, and its place among them."""
+        self.place = 0
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.product(inputs, self.bias)
+
+    def few(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """``product`` of up to `ops.TOKENS` tokens; together with others that get the same, where there are any."""
+        found = None if self.siblings is None else self.siblings.product(self.place, inputs)
+        return super().few(inputs, bias) if found is None else found
 
     def extra_repr(self) -> str:
         return _told(self.entry)

@@ -1,12 +1,12 @@
 """The kernels as operators of PyTorch, ``torch.ops.secateur``, with shapes for tracing, so that compiling works.
 
-They are defined whether the wheel is there or not; running one takes it (`secateur.runtime.kernels`). Products of
-several matrices with one input belong here too: ``secateur_kernels.linear_many`` has them already.
+They are defined whether the wheel is there or not; running one takes it (`secateur.runtime.kernels`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,15 @@ from torch import Tensor
 from secateur.packing.layout import KINDS, Entry, Tensors
 from secateur.runtime.kernels import find
 
+if TYPE_CHECKING:
+    from secateur.runtime.modules import SparseLinear
+
 TOKENS = 8
 """Rows of activations up to which the product works on packed weights; above, rows are unpacked and multiplied."""
 BLOCK = 1 << 19
 """Weights that are unpacked at once: a megabyte in bfloat16 stays in the cache of a core."""
+MOST_TOGETHER = 16
+"""Matrices of one product."""
 MOST_COLUMNS = 131072
 """Of a matrix that has kernels."""
 _PARTS = "Tensor values, Tensor? pattern, Tensor? scales, Tensor? starts"
@@ -163,13 +168,39 @@ def linear(
     return found
 
 
+def linear_many(modules: Sequence[SparseLinear], inputs: Tensor) -> list[Tensor]:
+    """``inputs W^T + bias`` of several packed modules with as many columns, in one call.
+
+    It is no operator, for handing over lists of tensors takes PyTorch longer than is saved: nothing that is traced may
+    come here.
+
+    Args:
+        inputs: (..., columns), at most `TOKENS` of them.
+
+    Returns:
+        (..., rows) for each, of the dtype of the inputs: bit for bit what `linear` gives.
+    """
+    matrices = []
+    for module in modules:
+        values, pattern, scales, starts = _parts(module.entry, module.parts, module.parts["starts"])
+        matrices.append(_describe(values, pattern, scales, starts, module.bias, *_layout(module.entry)))
+    flat = inputs.reshape(-1, modules[0].entry.columns).contiguous()
+    rows = [matrix.rows for matrix in matrices]
+    out = torch.empty(flat.shape[0], sum(rows), dtype=inputs.dtype)
+    find().module.linear_many(matrices, flat, out, modules[0].activations, torch.get_num_threads())
+    parts = torch.split_with_sizes(out.view(*inputs.shape[:-1], -1), rows, -1)
+    return list(parts) if len(flat) == 1 else [part.contiguous() for part in parts]
+
+
 def unpack(entry: Entry, tensors: Tensors, starts: Tensor, first: int, last: int, dtype: torch.dtype) -> Tensor:
     """Rows of the matrix, (last - first, columns): the numbers of `secateur.packing.unpack.unpack_rows`."""
     found: Tensor = torch.ops.secateur.unpack_rows(*_parts(entry, tensors, starts), *_layout(entry), first, last, dtype)
     return found
 
 
-def _parts(entry: Entry, tensors: Tensors, starts: Tensor) -> tuple[Tensor | None, ...]:
+def _parts(
+    entry: Entry, tensors: Tensors, starts: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     pattern = tensors.get("mask" if entry.kind == "mask" else "index")
     return tensors["values"], pattern, tensors.get("scales"), starts if entry.kind == "mask" else None
 

@@ -18,6 +18,7 @@ from secateur.errors import CheckpointError, UnsafeCheckpointError, UnsupportedM
 from secateur.packing.header import METHOD, Header, check_places
 from secateur.runtime.kernels import find
 from secateur.runtime.modules import Packed, TiedEmbedding, TiedLinear, packed_for
+from secateur.runtime.siblings import introduce
 
 logger = logging.get_logger(__name__)
 
@@ -77,6 +78,7 @@ class SparseQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, Packed):
                 module.check(name)
+        introduce(model)
         if reason := find().reason:
             logger.warning_once(
                 "The sparse weights of this model are unpacked by PyTorch each time they are used: it computes what "

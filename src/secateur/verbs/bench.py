@@ -25,6 +25,8 @@ from secateur.measure.llama_cpp import PACKAGE as LLAMA_CPP
 from secateur.measure.llama_cpp import is_installed
 from secateur.progress import Recorder, Reporter
 from secateur.result import write_json
+from secateur.runtime import kernels
+from secateur.runtime.ops import TOKENS
 from secateur.verbs.bench_entries import QUANTISED, Entry, quantised, source_of, stored
 from secateur.verbs.bench_verdict import bench_sentences
 from secateur.verbs.memory import as_source
@@ -93,14 +95,15 @@ def bench(
         if isinstance(model, transformers.PreTrainedModel):
             first, _ = as_source(model, tokenizer, None, stack)
         else:
-            first = open_source(model, reporter=recorder)
-        others = [open_source(one, reporter=recorder) for one in against]
+            first = open_source(model, reporter=recorder, packed=True)
+        others = [open_source(one, reporter=recorder, packed=True) for one in against]
         entries = [stored(str(model) if isinstance(model, str | Path) else first.name, first, dtype)]
         entries += [stored(str(name), one, dtype) for name, one in zip(against, others, strict=True)]
-        dense = entries[1] if others else entries[0]
+        plain = [entry for entry in entries[1:] if not entry.packed]
+        dense = [*plain, *entries[1:], entries[0]][0]
         failed: list[Quantities] = []
         if baselines:
-            name, source = (dense.name, dense.source) if others else source_of(entries[0], recorder)
+            name, source = (dense.name, dense.source) if plain else source_of(entries[0].name, first, recorder)
             known = {(one.source.folder, one.format) for one in entries}
             added = [stored(name, source, one) for one in ("float32", "bfloat16")]
             entries += [one for one in added if (one.source.folder, one.format) not in known]
@@ -109,6 +112,7 @@ def bench(
             entries += made
         for entry in entries:
             entry.look(prompt_tokens, recorder)
+            entry.find_kernels(where.type)
         cut = sequence_length or min(1024, *(one.longest for one in entries))
         if text is not None:
             for entry in entries:
@@ -140,6 +144,7 @@ def bench(
                 "perplexity": entries[0].protocol,
                 "operations": entries[0].counted,
                 "threads": count, "device": where.type,
+                **_packed_protocol(entries),
             },
         )  # fmt: skip
     if file is not None:
@@ -225,6 +230,19 @@ def _result(
     result.versions = versions()
     result.warnings = recorder.warnings
     return result
+
+
+def _packed_protocol(entries: Sequence[Entry]) -> dict[str, str]:
+    """How packed weights are multiplied, where any are."""
+    packed = [entry.quantities for entry in entries if entry.packed]
+    if not packed:
+        return {}
+    if packed[0].kernels is None:
+        return {"packed": f"unpacked each time they are used ({packed[0].missing['kernels']})"}
+    return {
+        "packed": f"{kernels.told()}, up to {TOKENS} tokens at once; for more, as in a prompt and for the perplexity, "
+        "weights are unpacked and activations are not rounded"
+    }
 
 
 def _ratios(ours: Quantities, theirs: Quantities, one: Measurement, other: Measurement) -> dict[str, RatioResult]:

@@ -12,8 +12,10 @@ import torch
 import transformers
 
 from secateur.bench_result import Quantities
+from secateur.checkpoint.check import read_config
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source, open_source
+from secateur.checkpoint.unpacked import dtype_of, open_reader
 from secateur.corpus.load import Text
 from secateur.corpus.windows import windows
 from secateur.engine.binding import Binding
@@ -28,8 +30,10 @@ from secateur.measure.llama_cpp import LlamaCpp
 from secateur.measure.model import load_model
 from secateur.measure.perplexity import perplexity
 from secateur.measure.size import measure_size
+from secateur.packing.header import header_of
 from secateur.progress import Reporter
 from secateur.result import RESULT_FILE
+from secateur.runtime import kernels
 from secateur.verbs.calibration import load_tokenizer, maximum_length
 from secateur.verbs.evaluate import has_language_head, perplexity_protocol
 from secateur.verbs.inspect import zeros_of_matrices
@@ -46,6 +50,9 @@ class Entry:
     source: Source
     """The folder it is, or was made from."""
     format: str
+    """Number format of the weights."""
+    dtype: str = ""
+    """Number format that transformers computes in, where that is another: packed weights have no such format."""
     file: Path | None = None
     """The ``.gguf`` file, for llama.cpp."""
     plan: GGUFPlan | None = None
@@ -58,6 +65,11 @@ class Entry:
     def __post_init__(self) -> None:
         self.quantities = Quantities(self.name, "llama.cpp" if self.file else "transformers", self.format)
         self._skeleton = build_skeleton(self.source.folder)
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is in the sparse format."""
+        return bool(self.dtype)
 
     @property
     def decodes(self) -> bool:
@@ -109,13 +121,15 @@ class Entry:
         row.parameters, row.nonzero = size.parameters, size.nonzero
         if self.file is not None:
             row.bytes_disk = self.file.stat().st_size
+        elif self.packed:
+            row.bytes_disk = size.bytes_disk
         else:
             same = self.format == size.dtype
             row.bytes_disk = size.bytes_disk if same else size.bytes_as(getattr(torch, self.format))
         try:
             structure = find_structure(self._skeleton)
-            with CheckpointReader(folder) as reader:
-                counts = zeros_of_matrices(structure, Binding(self._skeleton, reader.keys), reader)
+            with open_reader(folder) as reader:
+                counts = zeros_of_matrices(structure, Binding(self._skeleton, reader.keys), reader, size.zeros)
             shares = {matrix.name: counts[matrix.name] / matrix.size for matrix in structure.matrices}
             flops = count_flops(self._skeleton, shares, context=min(context, self.longest - 1))
         except UnsupportedModelError as error:
@@ -137,7 +151,7 @@ class Entry:
             if self.file is not None:
                 model = self.float32_model(device.type)
             else:
-                model = load_model(self.source.folder, device=device.type, dtype=self.format)
+                model = load_model(self.source.folder, device=device.type, dtype=self.dtype or self.format)
             found = perplexity(model, cut, reporter=reporter)
         except SecateurError as error:
             row.missing["perplexity"] = error.message
@@ -155,6 +169,20 @@ class Entry:
             _take_numbers(model, self.file, self.plan)
         return model
 
+    def find_kernels(self, device: str) -> None:
+        """Note by which kernels packed weights are multiplied, or why by none; other processes find the same.
+
+        Raises:
+            UsageError: when the environment asks for kernels that this CPU cannot run.
+        """
+        if not self.packed:
+            return
+        found = kernels.find()
+        if found.module is not None and device == "cpu":
+            self.quantities.kernels = str(found.module.variant())
+        else:
+            self.quantities.missing["kernels"] = found.reason or f"the kernels run on the CPU, this is {device}"
+
     def contender(self, device: str, threads: int, context: int) -> Contender:
         """How its process is started."""
         title = f"{self.name} as {self.format}"
@@ -164,7 +192,7 @@ class Entry:
                 title, lambda: LlamaCpp(file, context=context + 16, threads=threads, exact=False), "llama.cpp",
                 2 * file.stat().st_size,
             )  # fmt: skip
-        folder, dtype = self.source.folder, self.format
+        folder, dtype = self.source.folder, self.dtype or self.format
         needed = 2 * (self.quantities.bytes_disk or 0)
         return Contender(
             title, lambda: Worker(folder, dtype, device=device, threads=threads), "transformers", needed, self.decodes
@@ -172,7 +200,17 @@ class Entry:
 
 
 def stored(name: str, source: Source, dtype: str) -> Entry:
-    """A model in transformers, in a number format or, for auto, in that of its file."""
+    """A model in transformers, in a number format or, for auto, in that of its file.
+
+    Raises:
+        UnsupportedModelError: for a version of the sparse format that is not known.
+        CheckpointError: when the header of that makes no sense.
+    """
+    config = read_config(source.folder)
+    header = header_of(config)
+    if header is not None:
+        computed = str(dtype_of(config)).removeprefix("torch.") if dtype == "auto" else dtype
+        return Entry(name, source, header.number_format, computed)
     if dtype == "auto":
         with CheckpointReader(source.folder) as reader:
             sizes: dict[str, int] = {}
@@ -194,22 +232,36 @@ def quantised(name: str, source: Source, kind: str, scratch: Path, reporter: Rep
         plan.write(file, reporter)
     except SecateurError as error:
         return None, error.message
-    return Entry(name, source, kind, file, plan), ""
+    return Entry(name, source, kind, file=file, plan=plan), ""
 
 
-def source_of(entry: Entry, reporter: Reporter) -> tuple[str, Source]:
-    """The dense model that a result names, else the model itself."""
-    path = entry.source.folder / RESULT_FILE
+def source_of(name: str, source: Source, reporter: Reporter) -> tuple[str, Source]:
+    """The dense model that a result names, else the model itself; of a packed one, that of what was packed.
+
+    Raises:
+        UsageError: when a result does not name it, or a packed model does not say what it was made from.
+        SourceError: when it cannot be opened.
+    """
+    path = source.folder / RESULT_FILE
     if not path.is_file():
-        return entry.name, entry.source
+        if _is_packed(source):
+            raise UsageError(f"{name} does not say what it was packed from", hint="give the dense model with against")
+        return name, source
     try:
         named = str(json.loads(path.read_text(encoding="utf-8"))["source"]["model"])
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise UsageError(f"{path} does not say which model is the dense one", hint="give it with against") from error
     if not named:
         raise UsageError("the dense model was in memory when it was pruned", hint="give it with against")
+    found = open_source(named, reporter=reporter, packed=True)
+    if _is_packed(source) or _is_packed(found):  # an export: what it was made from may be a result as well
+        return source_of(named, found, reporter)
     reporter.note(f"the dense model is {named}")
-    return named, open_source(named, reporter=reporter)
+    return named, found
+
+
+def _is_packed(source: Source) -> bool:
+    return header_of(read_config(source.folder)) is not None
 
 
 def _take_numbers(model: Any, file: Path, plan: GGUFPlan) -> None:

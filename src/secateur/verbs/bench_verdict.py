@@ -34,7 +34,7 @@ def _against(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult]
         said.append(f"quality is {word} ({values})." if found.differs else f"quality is the same ({values}).")
     for name, subject in _TIMED:
         if name in ratio:
-            said.append(_timed(subject, ratio[name], _why_speed(ours, theirs)))
+            said.append(_timed(subject, ratio[name], _why_speed(name, ours, theirs, ratio[name])))
     if "joules_per_token" in ratio:
         found = ratio["joules_per_token"]
         word = "more" if found.median > 1 else "less"
@@ -48,7 +48,7 @@ def _exact(subject: str, what: str, found: RatioResult, why: str) -> str:
     first = subject[0].lower() + subject[1:]
     if not found.differs:
         return f"{first} takes {what.replace('the ', 'the same ', 1)}{why}."
-    return f"{first} takes {found.median:.2f} times {what}."
+    return f"{first} takes {found.median:.2f} times {what}{why}."
 
 
 def _timed(subject: str, found: RatioResult, why: str) -> str:
@@ -56,7 +56,7 @@ def _timed(subject: str, found: RatioResult, why: str) -> str:
     first = subject[0].lower() + subject[1:]
     if not found.differs:
         return f"no difference shown in {first} ({interval}){why}."
-    return f"{first} is {'faster' if found.median > 1 else 'slower'} ({interval})."
+    return f"{first} is {'faster' if found.median > 1 else 'slower'} ({interval}){why}."
 
 
 def _has_more_zeros(ours: Quantities, theirs: Quantities) -> bool:
@@ -68,15 +68,34 @@ def _has_more_zeros(ours: Quantities, theirs: Quantities) -> bool:
 
 
 def _why_size(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult]) -> str:
-    if not ratio["bytes_disk"].differs and _has_more_zeros(ours, theirs):
+    found = ratio["bytes_disk"]
+    if not found.differs and not ours.packed and _has_more_zeros(ours, theirs):
         return ": a dense file stores a zero like any other number"
+    if found.median < 1 and ours.packed and _has_more_zeros(ours, theirs):
+        return ": of a zero it stores a bit"
     return ""
 
 
-def _why_speed(ours: Quantities, theirs: Quantities) -> str:
-    same = ours.runtime == theirs.runtime and ours.format == theirs.format
-    if same and _has_more_zeros(ours, theirs):
-        return ": the same dense kernels run, and zeros do not make them faster"
+def _why_speed(name: str, ours: Quantities, theirs: Quantities, found: RatioResult) -> str:
+    """The cause, where it is known: of packed weights in the direction in which it works."""
+    if not (ours.packed or theirs.packed):
+        same = ours.runtime == theirs.runtime and ours.format == theirs.format
+        if same and not found.differs and _has_more_zeros(ours, theirs):
+            return ": the same dense kernels run, and zeros do not make them faster"
+        return ""
+    prompt = name == "prefill_tokens_per_second"
+    for row, other, whose, ahead in (
+        (ours, theirs, "its", found.median > 1), (theirs, ours, "the other's", found.median < 1)
+    ):  # fmt: skip
+        if not (row.packed and found.differs):
+            continue
+        zeros = _has_more_zeros(row, other)
+        if row.kernels is None and not ahead:
+            return f": {whose} packed weights are unpacked each time they are used ({row.missing['kernels']})"
+        if row.kernels is not None and prompt and not ahead:
+            return f": for a prompt {whose} weights are unpacked{', and zeros save nothing' if zeros else ''}"
+        if row.kernels is not None and not prompt and ahead:
+            return f": the kernels read {whose} weights packed{', and zeros are skipped' if zeros else ''}"
     return ""
 
 

@@ -49,7 +49,7 @@ def inspect(model: str | Path, *, reporter: Reporter | None = None) -> InspectRe
         reporter.stage("counting zeros", len(reader.keys))
         zeros: dict[str, int] = {}
         for key in reader.keys:
-            zeros[key] = sum(int((chunk == 0).sum()) for chunk in reader.chunks(key))
+            zeros[key] = reader.zeros(key)
             reporter.advance()
         counts = zeros_of_matrices(structure, binding, reader, zeros)
         matrices = [Matrix(matrix.name, matrix.shape, counts[matrix.name]) for matrix in structure.matrices]
