@@ -87,6 +87,30 @@ def test_mixtures_of_experts_are_not_fused(tmp_path):
     refused(UnsupportedModelError, "stack of experts", model, tmp_path / "out", "fused", models=(str(model),), rank=4)
 
 
+@pytest.mark.parametrize(("kind", "words", "options"), [
+    (UsageError, "needs --experts", {"top_k": 2}),
+    (UsageError, "7 experts do not divide the 48 neurons of model.layers.0.mlp", {"experts": 7, "top_k": 2}),
+    (UsageError, "--top-k 9 of 8 experts", {"experts": 8, "top_k": 9}),
+    (UnsupportedModelError, "no block of LlamaForCausalLM has a plain feed-forward network among the chosen matrices",
+     {"experts": 8, "top_k": 2, "targets": ["*self_attn*", "*up_proj*"]}),
+])  # fmt: skip
+def test_what_cannot_be_cut_into_experts(kind, words, options, base, tmp_path):
+    refused(kind, words, base, tmp_path / "out", "moe", **options, **DATA)
+
+
+@pytest.mark.parametrize("family", ["bert", "opt", "mixtral"])
+def test_models_without_a_plain_feed_forward_network_are_not_cut(family, tmp_path):
+    model = save_tiny(tmp_path / "model", family)
+    words = "has a plain feed-forward network among the chosen matrices"
+    refused(UnsupportedModelError, words, model, tmp_path / "out", "moe", experts=8, top_k=2, **DATA)
+
+
+def test_a_model_of_experts_is_not_cut_again(base, tmp_path):
+    secateur.convert(base, tmp_path / "once", to="moe", experts=8, top_k=2, evaluate=False, verify=False, **DATA)
+    words = "is converted already"
+    refused(UnsupportedModelError, words, tmp_path / "once", tmp_path / "out", "moe", experts=4, top_k=2, **DATA)
+
+
 def test_out_must_not_be_a_model_that_is_read(base, tmp_path):
     one = tuned(tmp_path / "one", "llama", 1)
     with pytest.raises(OutputError, match="is a model that is read"):

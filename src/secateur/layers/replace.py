@@ -9,7 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from secateur.errors import CheckpointError
-from secateur.layers.spec import Spec, is_converted, read_spec
+from secateur.layers.spec import WHOLE, Spec, is_converted, read_spec
 
 
 def replace_layers(model: nn.Module, spec: Spec) -> None:
@@ -25,9 +25,14 @@ def replace_layers(model: nn.Module, spec: Spec) -> None:
             raise CheckpointError(
                 f"config.json names a converted layer {path}, which the model has not", hint="convert the model again"
             ) from None
-        if not isinstance(old, nn.Linear | Conv1D):
+        if entry["kind"] not in WHOLE and not isinstance(old, nn.Linear | Conv1D):
             raise CheckpointError(f"{path} is no linear layer, but converted", hint="convert the model again")
-        layer = importlib.import_module(f"secateur.layers.{entry['kind']}").build(old, entry)
+        try:
+            layer = importlib.import_module(f"secateur.layers.{entry['kind']}").build(old, entry)
+        except AttributeError as error:  # parts that the module has not
+            raise CheckpointError(
+                f"config.json names parts of {path} that it has not: {error}", hint="convert the model again"
+            ) from None
         owner, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(owner), leaf, layer.train(old.training))
     ties: Any = getattr(model, "all_tied_weights_keys", None)

@@ -32,8 +32,13 @@ MODEL_TYPE = "secateur_model_type"
 ENTRY = "quantization_config"
 VERSION = 1
 KINDS = {"low_rank": ("rank",), "tensor_train": ("inputs", "outputs", "ranks"),
-         "fused": ("models", "rank", "router_rank", "top")}  # fmt: skip
-"""Kind of a layer, which is the name of its file here -> what its entry must say beside ``kind``."""
+         "fused": ("models", "rank", "router_rank", "top"), "moe": ("experts", "top")}  # fmt: skip
+"""Kind of a layer, which is the name of its file here -> sizes that its entry must say beside ``kind``."""
+NAMES = {"moe": ("up", "down", "act", "gate", "router")}
+"""Kind -> names that its entry must say; one may be empty."""
+ROUTERS = ("mlp", "similarity", "oracle")
+WHOLE = ("moe",)
+"""Kinds that take the place of a module that holds linear layers, not of one linear layer."""
 
 
 @dataclass
@@ -79,6 +84,9 @@ def read_spec(config: Mapping[str, Any]) -> Spec:
             raise _damaged(f"says nothing known of {path}: {str(layer)[:60]}")
         for name in KINDS[kind]:
             if not _sizes(layer.get(name)):
+                raise _damaged(f"gives {layer.get(name)!r} as {name} of {path}")
+        for name in NAMES.get(kind, ()):
+            if not isinstance(layer.get(name), str) or (name == "router" and layer[name] not in ROUTERS):
                 raise _damaged(f"gives {layer.get(name)!r} as {name} of {path}")
     if not all(isinstance(name, str) for pair in tied.items() for name in pair):
         raise _damaged("ties what are no names")

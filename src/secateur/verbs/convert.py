@@ -17,7 +17,8 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import open_source, places_of
 from secateur.conversions.factorized import Factorized
 from secateur.conversions.fused import Fused
-from secateur.converting import factorized
+from secateur.conversions.moe import Moe
+from secateur.converting import factorized, moe
 from secateur.converting.delta import apply_delta, write_delta
 from secateur.converting.fused import FuseWork
 from secateur.converting.opened import Converted, Opened, Work, open_model
@@ -37,7 +38,7 @@ from secateur.verbs.verdict import conversion_sentences
 from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
-Conversion = Factorized | Fused
+Conversion = Factorized | Fused | Moe
 SETTINGS = ("targets", "ignore", "calibration", "samples", "sequence_length", "seed", "device", "dtype",
             "compute_dtype", "activation_memory")  # fmt: skip
 """Fields of a recipe that a conversion looks at."""
@@ -104,7 +105,7 @@ def convert(
             tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, opened.model, recorder)
             check_measurable(opened.model, data)
         loaded = Calibration(protocol={"calibration": "none: the conversion needs no data"})
-        if isinstance(conversion, Factorized) and conversion.statistics:
+        if not isinstance(conversion, Fused) and conversion.statistics:
             demo = source.kind == "demo"
             loaded = load_calibration(recipe, opened.model, source.folder, recorder, data=own_data, demo=demo)
         else:
@@ -176,6 +177,8 @@ def _prepare(
 ) -> Work:  # fmt: skip
     if isinstance(conversion, Factorized):
         return factorized.prepare(conversion, opened, loaded.batches, loaded.probe, reporter)
+    if isinstance(conversion, Moe):
+        return moe.prepare(conversion, opened, loaded.batches, reporter)
     if conversion.base is not None:
         return apply_delta(Path(model).expanduser(), opened)
     return FuseWork(conversion, opened, reporter, stack)
