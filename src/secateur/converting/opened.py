@@ -106,8 +106,13 @@ class Work(Protocol):
         """Convert block by block into a folder."""
 
 
-def open_model(source: Source, recipe: Recipe, reporter: Reporter, stack: ExitStack) -> Opened:
+def open_model(
+    source: Source, recipe: Recipe, reporter: Reporter, stack: ExitStack, *, converted: bool = False
+) -> Opened:
     """Open and check a model, and choose its matrices by ``targets`` and ``ignore``.
+
+    Args:
+        converted: whether it may be converted already.
 
     Raises:
         SecateurError: for whatever stands against a conversion.
@@ -116,7 +121,7 @@ def open_model(source: Source, recipe: Recipe, reporter: Reporter, stack: ExitSt
     dtype = parse_dtype(recipe.dtype, "dtype")
     activation_limit(recipe.activation_memory)
     config = check_model_folder(source.folder)
-    if is_converted(config):
+    if is_converted(config) and not converted:
         raise UnsupportedModelError(
             f"{source.name} is converted already", hint="convert the model that it was made from instead"
         )

@@ -18,8 +18,9 @@ The name of the entry is the one under which transformers lets other packages re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from secateur.errors import CheckpointError
@@ -41,6 +42,18 @@ WHOLE = ("moe",)
 """Kinds that take the place of a module that holds linear layers, not of one linear layer."""
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """Which blocks of a model use the same weights, and how large a step each makes."""
+
+    row: str
+    """Path of the list of blocks."""
+    groups: list[int]
+    """Number of the group of each block."""
+    step: float = 1.0
+    """A block gives h + step (block(h) - h)."""
+
+
 @dataclass
 class Spec:
     """The layers of a converted model."""
@@ -50,11 +63,14 @@ class Spec:
     """Path of a module -> ``kind`` and sizes of the layer that takes its place."""
     tied: dict[str, str] = field(default_factory=dict)
     """Parameter -> the parameter whose tensor it is; only the latter is in the file."""
+    sharing: Sharing | None = None
+    """Of a model whose blocks are tied as a whole."""
 
     def to_entry(self) -> dict[str, Any]:
         """The entry of the config."""
-        return {"quant_method": METHOD, "version": VERSION, "conversion": self.conversion, "modules": self.modules,
-                "tied": self.tied}  # fmt: skip
+        entry = {"quant_method": METHOD, "version": VERSION, "conversion": self.conversion, "modules": self.modules,
+                 "tied": self.tied}  # fmt: skip
+        return entry if self.sharing is None else {**entry, "sharing": asdict(self.sharing)}
 
 
 def is_converted(config: Mapping[str, Any]) -> bool:
@@ -90,7 +106,22 @@ def read_spec(config: Mapping[str, Any]) -> Spec:
                 raise _damaged(f"gives {layer.get(name)!r} as {name} of {path}")
     if not all(isinstance(name, str) for pair in tied.items() for name in pair):
         raise _damaged("ties what are no names")
-    return Spec(str(entry.get("conversion")), {path: dict(layer) for path, layer in modules.items()}, dict(tied))
+    return Spec(
+        str(entry.get("conversion")), {path: dict(layer) for path, layer in modules.items()}, dict(tied),
+        _sharing(entry.get("sharing")),
+    )  # fmt: skip
+
+
+def _sharing(data: Any) -> Sharing | None:
+    if data is None:
+        return None
+    found: Mapping[str, Any] = data if isinstance(data, Mapping) else {}
+    row, groups, step = (found.get(name) for name in ("row", "groups", "step"))
+    if not isinstance(step, int | float) or isinstance(step, bool) or not (step > 0 and math.isfinite(step)):
+        raise _damaged(f"gives {step!r} as the step of its blocks")
+    if not isinstance(row, str) or not isinstance(groups, list) or not _sizes(groups):
+        raise _damaged(f"says nothing known of the blocks that share: {str(data)[:60]}")
+    return Sharing(row, list(groups), float(step))
 
 
 def converted_config(config: Mapping[str, Any], spec: Spec) -> dict[str, Any]:

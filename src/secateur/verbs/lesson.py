@@ -19,6 +19,7 @@ from secateur.corpus.labelled import Labelled, first_columns, read_labelled
 from secateur.corpus.load import load_text
 from secateur.corpus.windows import windows
 from secateur.errors import CalibrationError, MissingExtraError, UnsupportedModelError, UsageError
+from secateur.layers.spec import is_converted, read_spec
 from secateur.measure.classify import check_classifier
 from secateur.measure.embeddings import check_encoder
 from secateur.measure.texts import tokenise
@@ -119,6 +120,7 @@ def plan_lesson(
         SourceError: a teacher that cannot be opened, or has another vocabulary.
         MissingExtraError: for adapters without PEFT.
     """
+    _check_mode(settings, skeleton)
     if settings.mode == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingExtraError("--mode lora needs PEFT", hint="pip install 'secateur[recover]'")
     labelled = _labelled(settings, skeleton)
@@ -156,6 +158,16 @@ def plan_lesson(
     if looks_at_top_k(settings, task, loss):
         lesson.protocol["top_k"] = lesson.top_k
     return lesson
+
+
+def _check_mode(settings: Training, skeleton: transformers.PreTrainedModel) -> None:
+    """Refuse what would train a tensor that several blocks share as if it were in one of them."""
+    config = skeleton.config.to_dict()
+    if settings.mode in ("lora", "blocks") and is_converted(config) and read_spec(config).tied:
+        raise UsageError(
+            f"--mode {settings.mode} cannot train weights that several blocks share",
+            hint="use --mode full, or norms-and-biases",
+        )
 
 
 def looks_at_top_k(settings: Training, task: Task, loss: str) -> bool:
