@@ -33,12 +33,13 @@ MODEL_TYPE = "secateur_model_type"
 ENTRY = "quantization_config"
 VERSION = 1
 KINDS = {"low_rank": ("rank",), "tensor_train": ("inputs", "outputs", "ranks"),
-         "fused": ("models", "rank", "router_rank", "top"), "moe": ("experts", "top")}  # fmt: skip
+         "fused": ("models", "rank", "router_rank", "top"), "moe": ("experts", "top"),
+         "adapter_moe": ("experts", "top", "dim", "width")}  # fmt: skip
 """Kind of a layer, which is the name of its file here -> sizes that its entry must say beside ``kind``."""
 NAMES = {"moe": ("up", "down", "act", "gate", "router")}
 """Kind -> names that its entry must say; one may be empty."""
 ROUTERS = ("mlp", "similarity", "oracle")
-WHOLE = ("moe",)
+WHOLE = ("moe", "adapter_moe")
 """Kinds that take the place of a module that holds linear layers, not of one linear layer."""
 
 

@@ -24,14 +24,15 @@ from secateur.measure.classify import check_classifier
 from secateur.measure.embeddings import check_encoder
 from secateur.measure.texts import tokenise
 from secateur.progress import Reporter
+from secateur.recovery.adapter_moe import networks_of
 from secateur.recovery.data import Split, split, steps_for
-from secateur.training import CACHED, RANK, TOP_K, Training
+from secateur.training import CACHED, DIM, EXPERTS, EXPERTS_OF_A_TOKEN, RANK, TOP_K, Training
 from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.teacher import Teacher, find_teacher, is_classifier
 
 Task = Literal["language", "labels", "features"]
 
-RATES = {"full": 4e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 4e-4}
+RATES = {"full": 4e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 4e-4, "adapter-moe": 1e-3}
 LABEL_RATES = {"full": 3e-5, "lora": 3e-4, "norms-and-biases": 1e-3}
 EPOCHS = 4
 """The most times that --mode blocks goes through a text when no budget is given."""
@@ -70,7 +71,7 @@ class Lesson:
     @property
     def top_k(self) -> int:
         """Logits of the teacher that are kept for each token."""
-        return self.settings.top_k or TOP_K
+        return TOP_K if self.settings.mode == "adapter-moe" else self.settings.top_k or TOP_K
 
     @property
     def sequences_per_step(self) -> int:
@@ -125,6 +126,12 @@ def plan_lesson(
         raise MissingExtraError("--mode lora needs PEFT", hint="pip install 'secateur[recover]'")
     labelled = _labelled(settings, skeleton)
     task = _task(settings, skeleton, labelled)
+    if settings.mode == "adapter-moe":
+        if task != "language":
+            raise UsageError(
+                "--mode adapter-moe trains language models on text", hint="use --mode full, lora or norms-and-biases"
+            )
+        networks_of(skeleton)  # refuse a model that has none
     tokenizer = load_tokenizer(source.folder)
     known = settings.teacher is not None or bool((result.get("source") or {}).get("model"))
     loss = _loss(settings, task, known, reporter)
@@ -153,6 +160,11 @@ def plan_lesson(
         "held_out": lesson.held_out_told,
         "teacher": teacher.source.name if teacher else "none",
     }
+    if settings.mode == "adapter-moe":
+        lesson.protocol |= {
+            "experts": settings.experts or EXPERTS, "experts_of_a_token": settings.top_k or EXPERTS_OF_A_TOKEN,
+            "dim": settings.dim or DIM,
+        }  # fmt: skip
     if settings.mode == "lora":
         lesson.protocol["rank"] = settings.rank or RANK
     if looks_at_top_k(settings, task, loss):
@@ -180,7 +192,9 @@ def unused(settings: Training, task: Task, loss: str) -> list[str]:
     blocks = settings.mode == "blocks"
     looked_at = {
         "rank": settings.mode == "lora",
-        "top_k": looks_at_top_k(settings, task, loss),
+        "top_k": looks_at_top_k(settings, task, loss) or settings.mode == "adapter-moe",
+        "experts": settings.mode == "adapter-moe",
+        "dim": settings.mode == "adapter-moe",
         "gradient_checkpointing": not blocks,
         "save_minutes": not blocks,
     }
