@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from secateur.checkpoint.check import check_finite, check_model_folder, hash_folder
+from secateur.checkpoint.check import check_finite, hash_folder
 from secateur.checkpoint.folder import copy_side_files
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.reader import CheckpointReader
@@ -26,11 +26,12 @@ from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.correct import CorrectingStream
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
 from secateur.engine.forward import Stored, probe_inputs, rehearse, runs_in
+from secateur.engine.opening import open_checkpoint
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
 from secateur.engine.stream import BlockStream
-from secateur.errors import CheckpointError, UsageError, WeightValueError
+from secateur.errors import UsageError, WeightValueError
 from secateur.methods._refitted import Refitted, name_of, with_refit
 from secateur.plugins import (
     Chooser,
@@ -191,16 +192,8 @@ def prepare(
         asked = "float32"  # who asks for the paper's procedure wants its numbers, and these hang on rounding
     compute, dtype = compute_dtype(asked, device), parse_dtype(recipe.dtype, "dtype")
     activation_limit(recipe.activation_memory)
-    check_model_folder(source.folder)
-    model = build_skeleton(source.folder)
-    reader = stack.enter_context(CheckpointReader(source.folder))
-    binding = Binding(model, reader.keys)
-    if binding.missing:
-        raise CheckpointError(
-            f"the checkpoint lacks {len(binding.missing)} weights of the model, the first is {binding.missing[0]}",
-            hint="config.json names another architecture than the weights have",
-        )
-    structure = find_structure(model)
+    found = open_checkpoint(source.folder, stack)
+    model, structure, reader, binding = found.model, found.structure, found.reader, found.binding
     plan = Plan() if recipe.structure else make_plan(recipe, structure)
     rehearse(model, structure, binding, reader)
     if binding.resident:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ def write_taught(lesson: Lesson, model: Any, source: Source, partial: Path, held
         binding = Binding(model, reader.keys)
         spec = adapter_spec(model) if binding.missing else None
         if spec is not None:
-            shards = _write_like(reader, binding, model, partial, set(binding.missing))
+            shards = _write_like(reader, binding, model, partial, binding.missing)
             config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
             text = json.dumps(converted_config(config, spec), indent=2) + "\n"
             (partial / "config.json").write_text(text, encoding="utf-8")
@@ -138,7 +138,7 @@ def write_taught(lesson: Lesson, model: Any, source: Source, partial: Path, held
 
 
 def _write_like(
-    reader: CheckpointReader, binding: Binding, model: Any, partial: Path, added: Collection[str] = ()
+    reader: CheckpointReader, binding: Binding, model: Any, partial: Path, added: Sequence[str] = ()
 ) -> dict[str, str]:
     """The same keys, shards and formats as the source; afterwards the model holds what was written.
 
