@@ -15,7 +15,7 @@ import secateur
 from secateur.checkpoint.ledger import Ledger
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.blocks import find_structure
-from secateur.errors import Interrupted, UsageError
+from secateur.errors import Interrupted, UnsupportedModelError, UsageError
 from secateur.measure.model import load_model
 from tests.converting.models import logits
 from tests.models import calibration_for, save_tiny
@@ -150,6 +150,17 @@ def test_decoding_with_the_cache_is_the_same_as_without(tied, tmp_path):
             for cached in (True, False)
         ]
     assert found[0] == found[1]
+
+
+def test_pruning_would_change_what_others_share_and_is_refused(tied, base, tmp_path):
+    with pytest.raises(UnsupportedModelError, match="its blocks share their weights"):
+        secateur.prune(tied, tmp_path / "out", method="magnitude", evaluate=False)
+    secateur.convert(
+        base, tmp_path / "factors", to="factorized", rank=4, weighting="none", evaluate=False, verify=False
+    )
+    with pytest.raises(UnsupportedModelError, match="cannot be pruned by structures"):
+        secateur.prune(tmp_path / "factors", tmp_path / "out", structure="depth", sparsity=0.5, evaluate=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_lists_with_an_entry_for_each_block_are_shortened(tmp_path):

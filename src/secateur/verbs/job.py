@@ -31,7 +31,8 @@ from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
 from secateur.engine.stream import BlockStream
-from secateur.errors import UsageError, WeightValueError
+from secateur.errors import UnsupportedModelError, UsageError, WeightValueError
+from secateur.layers.spec import is_converted, read_spec
 from secateur.methods._refitted import Refitted, name_of, with_refit
 from secateur.plugins import (
     Chooser,
@@ -193,6 +194,7 @@ def prepare(
     compute, dtype = compute_dtype(asked, device), parse_dtype(recipe.dtype, "dtype")
     activation_limit(recipe.activation_memory)
     found = open_checkpoint(source.folder, stack)
+    _check_layers(source, found.config, recipe)
     model, structure, reader, binding = found.model, found.structure, found.reader, found.binding
     plan = Plan() if recipe.structure else make_plan(recipe, structure)
     rehearse(model, structure, binding, reader)
@@ -243,6 +245,16 @@ def prepare(
         source, recipe, method, opened.skeleton, opened.structure, opened.reader, opened.binding, plan, calibration,
         device, compute, dtype, digest, prunable, shape, calibration_read=read, calibration_protocol=protocol,
     )  # fmt: skip
+
+
+def _check_layers(source: Source, config: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse converted models where other layers, or several blocks, would have to change along."""
+    if is_converted(config) and (recipe.structure or read_spec(config).sharing is not None):
+        why = "its blocks share their weights" if read_spec(config).sharing is not None else "its layers are converted"
+        raise UnsupportedModelError(
+            f"{source.name} cannot be pruned {'by structures' if recipe.structure else 'block by block'}: {why}",
+            hint="prune the model that it was made from, and convert the result",
+        )
 
 
 def _needs_data(method: Chooser, recipe: Recipe) -> bool:
