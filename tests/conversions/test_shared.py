@@ -27,9 +27,10 @@ def test_of_each_group_as_many_blocks_run(groups, iterations, kept):
 
 
 def test_a_step_makes_up_for_what_is_not_run():
-    assert Shared(iterations=3).step_of(6) == 2.0
-    assert Shared(iterations=6).step_of(6) == 1.0
-    assert Shared(iterations=3, step="1").step_of(6) == 1.0
+    assert Shared(iterations=3).step_of(6, 1.0) == 2.0
+    assert Shared(iterations=6).step_of(6, 1.0) == 1.0
+    assert Shared(iterations=2).step_of(4, 0.25) == 0.5  # of a model that was trained with small steps
+    assert Shared(iterations=3, step="1").step_of(6, 1.0) == 1.0
 
 
 def test_the_mean_is_that_of_float64():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.blocks import find_structure
 from secateur.engine.feed_forward import FeedForwards
 from secateur.engine.skeleton import build_skeleton
-from secateur.errors import Interrupted
+from secateur.errors import CheckpointError, Interrupted
 from secateur.layers.moe import MoeFfn
 from secateur.measure.flops import count_flops
 from secateur.measure.model import load_model
+from secateur.pages.commands import command_of
+from secateur.pages.inputs import read_inputs
 from tests.converting.models import logits
 from tests.models import calibration_for, save_tiny, tiny_model
 
@@ -83,6 +86,42 @@ def test_decoding_with_the_cache_is_the_same_as_without(base, tmp_path):
         ]
     assert found[0] == found[1]
     assert len(found[0][0]) == 20
+
+
+def test_training_reaches_the_experts_that_are_chosen_and_leaves_the_router(base, tmp_path):
+    convert(base, tmp_path / "out")
+    model, ids = load_model(tmp_path / "out"), calibration_for("llama")[:2]
+    model(ids, labels=ids).loss.backward()
+    layer = model.model.layers[0].mlp
+    assert layer.router_in.grad is None
+    assert layer.router_out.grad is None
+    for matrix in (layer.gate, layer.up, layer.down):
+        assert bool(matrix.grad.any())
+
+
+def test_it_runs_in_bfloat16_and_is_on_the_page_of_a_report(base, tmp_path):
+    convert(base, tmp_path / "out", router="similarity")
+    with torch.no_grad():
+        model, ids = load_model(tmp_path / "out", dtype="bfloat16"), calibration_for("llama")[:1, :8]
+        assert model(ids).logits.isfinite().all()
+        assert model(ids[:, :1]).logits.dtype == torch.bfloat16  # one token goes another way
+    secateur.report([tmp_path / "out"], tmp_path / "page.html")
+    flags = "--to moe --experts 8 --top-k 3 --router similarity"
+    assert command_of(read_inputs([tmp_path / "out"])[0].result, "X").endswith(f"-o X {flags}")
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("experts", 7, "cuts 48 neurons into 7 experts"), ("top", 9, "takes 9 of 8 experts"),
+    ("router", "chance", "as router of model.layers.0.mlp"), ("up", "nothing", "parts of model.layers.0.mlp"),
+])  # fmt: skip
+def test_a_damaged_config_is_refused(name, value, words, base, tmp_path):
+    convert(base, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["modules"]["model.layers.0.mlp"][name] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words):
+        secateur.inspect(tmp_path / "out")
 
 
 def test_the_oracle_is_no_worse_than_the_router_and_needs_none(base, tmp_path):

@@ -132,6 +132,14 @@ def test_fewer_iterations_are_larger_steps_of_the_blocks_that_are_left(tied, tmp
         torch.testing.assert_close(logits(tmp_path / "out"), wanted(ids, use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
 
+def test_fewer_and_fewer_are_as_few_at_once(tied, tmp_path):
+    convert(tied, tmp_path / "small", iterations=4, step=0.5)  # all of them, to be trained with small steps
+    convert(tmp_path / "small", tmp_path / "fewer", iterations=2)
+    config = json.loads((tmp_path / "fewer" / "config.json").read_text())
+    assert config["quantization_config"]["sharing"] == {"row": "model.layers", "groups": [0, 1], "step": 1.0}
+    assert not logits(tmp_path / "small").equal(logits(tied))
+
+
 def test_a_step_of_one_only_leaves_blocks_out(tied, tmp_path):
     convert(tied, tmp_path / "out", iterations=2, step=1)
     wanted = load_model(tied)

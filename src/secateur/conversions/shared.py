@@ -38,8 +38,8 @@ class Shared:
     """Tie the blocks into this many groups of consecutive ones, stored once each. Needs training afterwards."""
     iterations: int | None = None
     """Of a model whose blocks are tied: how many of them are run, in steps that are larger in return."""
-    step: str | float = AUTO
-    """Size of a step with --iterations; `auto` is blocks over iterations, 1 leaves the others out and no more."""
+    step: str | float = "auto"
+    """Size of a step with --iterations; `auto` makes up for what is not run, 1 leaves it out and no more."""
 
     def __post_init__(self) -> None:
         if (self.groups is None) == (self.iterations is None):
@@ -95,9 +95,9 @@ class Shared:
             chosen += [own[k * len(own) * count // wanted] for k in range(wanted // count)]
         return chosen
 
-    def step_of(self, blocks: int) -> float:
-        """Size of a step in place of 1."""
-        return blocks / int(self.iterations or blocks) if self.step == AUTO else float(self.step)
+    def step_of(self, blocks: int, before: float) -> float:
+        """Size of a step, where ``blocks`` of them of size ``before`` were made."""
+        return before * blocks / int(self.iterations or blocks) if self.step == AUTO else float(self.step)
 
 
 def mean(tensors: Sequence[Tensor]) -> Tensor:

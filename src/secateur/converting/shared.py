@@ -44,10 +44,6 @@ def shared_spec(source: Source) -> Spec:
             f"{source.name} ties tensors, but has no map of its blocks to groups",
             hint="give a model that `secateur convert --to shared --groups G` made, or one trained from it",
         )
-    if spec.sharing.step != 1:
-        raise UnsupportedModelError(
-            f"{source.name} runs with fewer iterations already", hint="give the model that it was made from"
-        )
     return spec
 
 
@@ -169,7 +165,7 @@ class IterateWork:
         assert spec.sharing is not None
         self.row, self.old = row_of(opened), spec.sharing.groups
         self.kept = conversion.kept(self.old)
-        self.step = conversion.step_of(len(self.old))
+        self.step = conversion.step_of(len(self.old), spec.sharing.step)
         self.groups = [self.old[block] for block in self.kept]
         self.config = shortened(stock_config(opened.config), len(self.old), self.kept)
         self.keys = {key: self._renamed(key) for key in opened.reader.keys}

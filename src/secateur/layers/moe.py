@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from secateur.errors import CheckpointError
+
 BIASES = {"gate": "gate_bias", "up": "up_bias", "down": "down_bias"}
 """Matrix of the layer -> its bias."""
 GATHERED = 4 << 20
@@ -39,6 +41,10 @@ class MoeFfn(nn.Module):
         self.neurons, self.in_features = _sizes(up)
         self.out_features = _sizes(down)[0]
         self.experts, self.top, self.router = int(entry["experts"]), int(entry["top"]), str(entry["router"])
+        if self.neurons % self.experts:
+            raise CheckpointError(
+                f"config.json cuts {self.neurons} neurons into {self.experts} experts", hint="convert the model again"
+            )
         self.act = old.get_submodule(entry["act"])
         like = up.weight
         assert isinstance(like, torch.Tensor)

@@ -102,6 +102,8 @@ def read_spec(config: Mapping[str, Any]) -> Spec:
         for name in KINDS[kind]:
             if not _sizes(layer.get(name)):
                 raise _damaged(f"gives {layer.get(name)!r} as {name} of {path}")
+        if kind in WHOLE and not _among(layer["top"], layer["experts"]):
+            raise _damaged(f"takes {layer['top']} of {layer['experts']} experts in {path}")
         for name in NAMES.get(kind, ()):
             if not isinstance(layer.get(name), str) or (name == "router" and layer[name] not in ROUTERS):
                 raise _damaged(f"gives {layer.get(name)!r} as {name} of {path}")
@@ -141,6 +143,10 @@ def stock_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(config.get(MODEL_TYPE), str) or not is_converted(config):
         raise _damaged(f"lacks {MODEL_TYPE} or {ENTRY}")
     return {key: value for key, value in config.items() if key != MODEL_TYPE} | {"model_type": config[MODEL_TYPE]}
+
+
+def _among(some: Any, every: Any) -> bool:
+    return isinstance(some, int) and isinstance(every, int) and 1 <= some <= every
 
 
 def _sizes(value: Any) -> bool:
