@@ -10,12 +10,15 @@ from typing import Any
 
 from secateur.errors import UnknownNameError, UsageError
 
-MODES = ("full", "lora", "norms-and-biases", "blocks")
+MODES = ("full", "lora", "norms-and-biases", "blocks", "adapter-moe")
 LOSSES = ("auto", "lm", "kd", "kd+lm", "kd+hidden", "labels", "features")
 CACHED = ("kd", "kd+lm")
 """Losses for which the logits of a teacher of text are kept on disk."""
 RANK = 16
 TOP_K = 64
+EXPERTS = 8
+EXPERTS_OF_A_TOKEN = 2
+DIM = 64
 SAVE_MINUTES = 10.0
 
 
@@ -26,7 +29,8 @@ class Training:
     data: str = "builtin"
     """Text to train on: a text file, JSONL with `text` (and `label`), a dataset NAME[:CONFIG[:SPLIT]], or builtin."""
     mode: str = "full"
-    """What is trained: full (all weights), lora, norms-and-biases, or blocks (one after the other, no whole graph)."""
+    """What is trained: full (all weights), lora, norms-and-biases, blocks (one after the other, no whole graph), or
+    adapter-moe (adapters of which a router picks some for each token: the model gets larger)."""
     loss: str = "auto"
     """lm, kd (the teacher's logits), kd+lm, kd+hidden, labels, or features; auto takes what suits the model."""
     teacher: str | None = None
@@ -37,7 +41,7 @@ class Training:
     """Budget in minutes of training, turned into steps by a measurement before it starts. The steps alone are counted:
     asking the teacher, loading, verifying and measuring come on top."""
     learning_rate: float | None = None
-    """Peak learning rate (full 4e-4, lora 1e-3, norms-and-biases 1e-3, blocks 4e-4)."""
+    """Peak learning rate (full 4e-4, blocks 4e-4, else 1e-3)."""
     batch_size: int | None = None
     """Sequences of an optimiser step in each process (1; 2 for blocks; 16 for labelled texts)."""
     sequence_length: int | None = None
@@ -45,7 +49,12 @@ class Training:
     rank: int | None = None
     """Rank of the adapters of --mode lora (16)."""
     top_k: int | None = None
-    """Logits of the teacher that are kept for each token (64); the others count as one."""
+    """Logits of the teacher that are kept for each token (64); the others count as one. With --mode adapter-moe it is
+    the adapters of each token instead (2)."""
+    experts: int | None = None
+    """Adapters behind each feed-forward network with --mode adapter-moe (8)."""
+    dim: int | None = None
+    """Numbers in an adapter of --mode adapter-moe (64)."""
     epochs: int | None = None
     """Times through the data: labelled texts (3), texts to embed (1), with --mode blocks what the tokens take."""
     held_out: float = 0.05
@@ -73,7 +82,7 @@ class Training:
             )
         if self.compute_dtype not in ("auto", "float32", "bfloat16"):
             raise UsageError(f"compute_dtype is '{self.compute_dtype}'", hint="use auto, float32 or bfloat16")
-        for name in ("tokens", "batch_size", "rank", "top_k", "epochs"):
+        for name in ("tokens", "batch_size", "rank", "top_k", "experts", "dim", "epochs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}", hint="it must be at least 1")
@@ -93,6 +102,11 @@ class Training:
             raise UsageError("--mode blocks does not run on the Trainer", hint="leave --trainer out")
         if self.teacher is not None and self.loss in ("lm", "labels") and self.mode != "blocks":
             raise UsageError(f"--loss {self.loss} has no teacher", hint="leave --teacher out, or use --loss kd")
+        if self.mode == "adapter-moe" and (self.top_k or EXPERTS_OF_A_TOKEN) > (self.experts or EXPERTS):
+            raise UsageError(
+                f"--top-k {self.top_k or EXPERTS_OF_A_TOKEN} of {self.experts or EXPERTS} experts",
+                hint="with --mode adapter-moe it is the number of adapters of each token",
+            )
         if self.mode == "blocks" and self.loss != "auto":
             raise UsageError("--mode blocks has a loss of its own", hint="leave --loss out")
 

@@ -87,6 +87,59 @@ def test_mixtures_of_experts_are_not_fused(tmp_path):
     refused(UnsupportedModelError, "stack of experts", model, tmp_path / "out", "fused", models=(str(model),), rank=4)
 
 
+@pytest.mark.parametrize(("kind", "words", "options"), [
+    (UsageError, "needs --experts", {"top_k": 2}),
+    (UsageError, "7 experts do not divide the 48 neurons of model.layers.0.mlp", {"experts": 7, "top_k": 2}),
+    (UsageError, "--top-k 9 of 8 experts", {"experts": 8, "top_k": 9}),
+    (UnsupportedModelError, "no block of LlamaForCausalLM has a plain feed-forward network among the chosen matrices",
+     {"experts": 8, "top_k": 2, "targets": ["*self_attn*", "*up_proj*"]}),
+])  # fmt: skip
+def test_what_cannot_be_cut_into_experts(kind, words, options, base, tmp_path):
+    refused(kind, words, base, tmp_path / "out", "moe", **options, **DATA)
+
+
+@pytest.mark.parametrize("family", ["bert", "opt", "mixtral"])
+def test_models_without_a_plain_feed_forward_network_are_not_cut(family, tmp_path):
+    model = save_tiny(tmp_path / "model", family)
+    words = "has a plain feed-forward network among the chosen matrices"
+    refused(UnsupportedModelError, words, model, tmp_path / "out", "moe", experts=8, top_k=2, **DATA)
+
+
+def test_a_model_of_experts_is_not_cut_again(base, tmp_path):
+    secateur.convert(base, tmp_path / "once", to="moe", experts=8, top_k=2, evaluate=False, verify=False, **DATA)
+    words = "is converted already"
+    refused(UnsupportedModelError, words, tmp_path / "once", tmp_path / "out", "moe", experts=4, top_k=2, **DATA)
+
+
+def test_blocks_that_cannot_be_tied(base, tmp_path):
+    out = tmp_path / "out"
+    refused(UsageError, "3 groups do not divide 2 blocks", base, out, "shared", groups=3)
+    refused(UsageError, "needs --groups or --iterations", base, out, "shared")
+    refused(UsageError, "blocks are tied as a whole", base, out, "shared", groups=1, targets=["*mlp*"])
+    several = save_tiny(tmp_path / "t5", "t5")
+    refused(UnsupportedModelError, "are in several rows", several, out, "shared", groups=1)
+    dense = {"decoder_sparse_step": 1, "mlp_only_layers": [0]}
+    unlike = save_tiny(tmp_path / "unlike", "qwen3_moe", **dense)
+    refused(UnsupportedModelError, "is built in another way", unlike, out, "shared", groups=1)
+
+
+def test_a_model_that_shares_nothing_or_does_not_say_what_is_not_run_with_fewer_iterations(base, tmp_path):
+    out = tmp_path / "out"
+    refused(UnsupportedModelError, "shares nothing", base, out, "shared", iterations=1)
+    chain = {"cores": 3, "rank": "full", "share_central": True, "weighting": "none"}
+    for name, options in (("factors", {"rank": 4, "weighting": "none"}), ("chain", chain)):
+        secateur.convert(base, tmp_path / name, to="factorized", evaluate=False, verify=False, **options)
+    refused(UnsupportedModelError, "shares nothing", tmp_path / "factors", out, "shared", iterations=1)
+    refused(UnsupportedModelError, "has no map of its blocks", tmp_path / "chain", out, "shared", iterations=1)
+    secateur.convert(base, tmp_path / "tied", to="shared", groups=1, evaluate=False, verify=False)
+    refused(UsageError, "3 iterations of 2 blocks", tmp_path / "tied", out, "shared", iterations=3)
+    refused(UnsupportedModelError, "is converted already", tmp_path / "tied", out, "shared", groups=1)
+    config = json.loads((tmp_path / "tied" / "config.json").read_text())
+    config["quantization_config"]["sharing"]["step"] = -1
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config))
+    refused(CheckpointError, "gives -1 as the step of its blocks", tmp_path / "tied", out, "shared", iterations=1)
+
+
 def test_out_must_not_be_a_model_that_is_read(base, tmp_path):
     one = tuned(tmp_path / "one", "llama", 1)
     with pytest.raises(OutputError, match="is a model that is read"):

@@ -280,8 +280,10 @@ def test_a_converted_model_is_not_converted_again_nor_exported(models, tmp_path)
     convert(models[0], tmp_path / "out", "factorized", rank=4)
     with pytest.raises(UnsupportedModelError, match="converted already"):
         convert(tmp_path / "out", tmp_path / "again", "factorized", rank=2)
-    with pytest.raises(UnsupportedModelError, match="converted"):
-        secateur.export(tmp_path / "out", tmp_path / "out.gguf")
+    for name, format in (("out.gguf", "gguf"), ("packed", "sparse"), ("plain", "hf")):
+        with pytest.raises(UnsupportedModelError, match="is a converted model"):
+            secateur.export(tmp_path / "out", tmp_path / name, format=format)
+        assert not (tmp_path / name).exists()
     with pytest.raises(UnsupportedModelError, match="is a converted model"):
         convert(models[0], tmp_path / "fused", "fused", models=(str(tmp_path / "out"),))
     assert not (tmp_path / "fused").exists()

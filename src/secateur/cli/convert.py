@@ -62,6 +62,13 @@ def convert(
     rest: Annotated[str | None, option("fused", "rest")] = None,
     format: Annotated[str | None, option("fused", "format")] = None,
     base: Annotated[str | None, option("fused", "base", "MODEL")] = None,
+    experts: Annotated[int | None, option("moe", "experts")] = None,
+    top_k: Annotated[int | None, option("moe", "top_k")] = None,
+    router: Annotated[str | None, option("moe", "router")] = None,
+    split: Annotated[str | None, option("moe", "split")] = None,
+    groups: Annotated[int | None, option("shared", "groups")] = None,
+    iterations: Annotated[int | None, option("shared", "iterations")] = None,
+    step: Annotated[str | None, option("shared", "step", "NUMBER")] = None,
     targets: Annotated[list[str] | None, recipe_option("targets", metavar="PATTERN")] = None,
     ignore: Annotated[list[str] | None, recipe_option("ignore", metavar="PATTERN")] = None,
     seed: Annotated[int | None, recipe_option("seed")] = None,
@@ -84,11 +91,13 @@ def convert(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Make a model cheaper by other means than zeros: factors instead of matrices, or several models in one."""
+    """Make a model cheaper by other means than zeros: factors, experts of which few run, or several models in one."""
     flags = {
         "cores": cores, "rank": rank, "budget": budget, "weighting": weighting, "share_central": share_central,
         "models": tuple(models) if models else None, "router_rank": router_rank, "top": top, "rest": rest,
-        "format": format, "base": base, "targets": targets, "ignore": ignore, "seed": seed,
+        "format": format, "base": base, "experts": experts, "top_k": top_k, "router": router, "split": split,
+        "groups": groups, "iterations": iterations, "step": step,
+        "targets": targets, "ignore": ignore, "seed": seed,
         "calibration": calibration, "samples": samples, "sequence_length": sequence_length, "device": device,
         "dtype": dtype, "compute_dtype": compute_dtype, "activation_memory": activation_memory,
     }  # fmt: skip

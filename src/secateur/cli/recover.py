@@ -62,6 +62,8 @@ def recover(
     sequence_length: Annotated[int | None, setting("sequence_length", TEACH_PANEL)] = None,
     rank: Annotated[int | None, setting("rank", TEACH_PANEL)] = None,
     top_k: Annotated[int | None, setting("top_k", TEACH_PANEL)] = None,
+    experts: Annotated[int | None, setting("experts", TEACH_PANEL)] = None,
+    dim: Annotated[int | None, setting("dim", TEACH_PANEL)] = None,
     epochs: Annotated[int | None, setting("epochs", BUDGET_PANEL)] = None,
     held_out: Annotated[float | None, setting("held_out", TEACH_PANEL)] = None,
     gradient_checkpointing: Annotated[str | None, setting("gradient_checkpointing", MACHINE_PANEL)] = None,
@@ -85,7 +87,8 @@ def recover(
     flags: dict[str, Any] = {
         "data": data, "mode": mode, "loss": loss, "teacher": teacher, "tokens": tokens, "minutes": minutes,
         "learning_rate": learning_rate, "batch_size": batch_size, "sequence_length": sequence_length, "rank": rank,
-        "top_k": top_k, "epochs": epochs, "held_out": held_out, "gradient_checkpointing": gradient_checkpointing,
+        "top_k": top_k, "experts": experts, "dim": dim,
+        "epochs": epochs, "held_out": held_out, "gradient_checkpointing": gradient_checkpointing,
         "save_minutes": save_minutes, "trainer": parse_trainer(trainer or []) or None, "seed": seed,
         "device": device, "compute_dtype": compute_dtype,
     }  # fmt: skip

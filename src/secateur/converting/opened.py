@@ -17,12 +17,12 @@ from secateur.checkpoint.check import check_finite, check_model_folder, hash_fol
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
 from secateur.engine.binding import Binding
-from secateur.engine.blocks import MatrixSpec, Structure, find_structure
+from secateur.engine.blocks import MatrixSpec, Structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device
 from secateur.engine.forward import rehearse
+from secateur.engine.opening import open_checkpoint
 from secateur.engine.plan import make_plan
-from secateur.engine.skeleton import build_skeleton
-from secateur.errors import CheckpointError, TargetError, UnsupportedModelError
+from secateur.errors import TargetError, UnsupportedModelError
 from secateur.layers.spec import Spec, is_converted
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
@@ -106,8 +106,13 @@ class Work(Protocol):
         """Convert block by block into a folder."""
 
 
-def open_model(source: Source, recipe: Recipe, reporter: Reporter, stack: ExitStack) -> Opened:
+def open_model(
+    source: Source, recipe: Recipe, reporter: Reporter, stack: ExitStack, *, converted: bool = False
+) -> Opened:
     """Open and check a model, and choose its matrices by ``targets`` and ``ignore``.
+
+    Args:
+        converted: whether it may be converted already.
 
     Raises:
         SecateurError: for whatever stands against a conversion.
@@ -115,20 +120,12 @@ def open_model(source: Source, recipe: Recipe, reporter: Reporter, stack: ExitSt
     device = resolve_device(recipe.device)
     dtype = parse_dtype(recipe.dtype, "dtype")
     activation_limit(recipe.activation_memory)
-    config = check_model_folder(source.folder)
-    if is_converted(config):
+    if not converted and is_converted(check_model_folder(source.folder)):
         raise UnsupportedModelError(
             f"{source.name} is converted already", hint="convert the model that it was made from instead"
         )
-    model = build_skeleton(source.folder)
-    reader = stack.enter_context(CheckpointReader(source.folder))
-    binding = Binding(model, reader.keys)
-    if binding.missing:
-        raise CheckpointError(
-            f"the checkpoint lacks {len(binding.missing)} weights of the model, the first is {binding.missing[0]}",
-            hint="config.json names another architecture than the weights have",
-        )
-    structure = find_structure(model)
+    found = open_checkpoint(source.folder, stack)
+    model, structure, reader, binding = found.model, found.structure, found.reader, found.binding
     chosen = make_plan(recipe, structure).targets
     linear = {
         matrix.name: matrix
@@ -144,6 +141,6 @@ def open_model(source: Source, recipe: Recipe, reporter: Reporter, stack: ExitSt
     check_finite(reader, reporter)
     compute = torch.float32 if binding.resident else compute_dtype(recipe.compute_dtype, device)
     return Opened(
-        source, recipe, config, model, structure, reader, binding, linear, device, compute, dtype,
+        source, recipe, found.config, model, structure, reader, binding, linear, device, compute, dtype,
         hash_folder(source.folder),
     )  # fmt: skip

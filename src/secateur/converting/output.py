@@ -191,9 +191,9 @@ class Nowhere:
         pass
 
 
-def write_config(folder: Path, opened: Opened, spec: Spec | None) -> None:
-    """The config of the source, with the layers of the result and its number format."""
-    config = dict(opened.config)
+def write_config(folder: Path, opened: Opened, spec: Spec | None, config: Mapping[str, Any] | None = None) -> None:
+    """The config of the source, or another one, with the layers of the result and its number format."""
+    config = dict(opened.config if config is None else config)
     if opened.dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(opened.dtype).removeprefix("torch.")

@@ -22,12 +22,11 @@ from gguf import GGMLQuantizationType as Kind
 from secateur.checkpoint.check import check_model_folder, hash_folder
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
-from secateur.errors import OutputError, UnsupportedModelError, VerificationError, WeightValueError
+from secateur.errors import OutputError, VerificationError, WeightValueError
 from secateur.formats._gguf_families import FAMILIES as FAMILIES
 from secateur.formats._gguf_families import Facts, facts_of, family_of, sizes_of
 from secateur.formats._gguf_tensors import Array, Planned, allowed_error, kind_of, plan_tensors
 from secateur.formats._gguf_vocabulary import load_tokenizer, vocabulary_facts
-from secateur.layers.spec import is_converted
 from secateur.progress import Reporter
 
 _LARGEST_HALF = 65504.0
@@ -59,11 +58,6 @@ class GGUF:
 
         check_model_folder(source.folder)
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True)
-        if is_converted(config.to_dict()):
-            raise UnsupportedModelError(
-                f"{source.name} is a converted model, and llama.cpp does not know its layers",
-                hint="export the model that it was made from",
-            )
         family = family_of(config, source.name)
         kind, sizes = kind_of(self.quantize), sizes_of(config)
         facts, computed = facts_of(config, family, reporter)

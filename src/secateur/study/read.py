@@ -224,8 +224,8 @@ def _check_lesson(fields: Mapping[str, Any], where: str) -> None:
     loss, mode = fields.get("loss", "auto"), fields.get("mode", "full")
     if loss not in ("auto", "labels", "kd"):
         raise StudyError(f"{where}: loss {loss} does not suit labelled texts", hint="use labels or kd, or leave it out")
-    if mode == "blocks":
-        raise StudyError(f"{where}: mode blocks learns no labels", hint="use full, lora or norms-and-biases")
+    if mode in ("blocks", "adapter-moe"):
+        raise StudyError(f"{where}: mode {mode} learns no labels", hint="use full, lora or norms-and-biases")
 
 
 def _corners(space: Space) -> Iterator[dict[str, Any]]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from secateur.layers.spec import is_converted
 from secateur.result import RESULT_FILE, ConvertResult, ExportResult, Measured, PruneResult, RecoverResult
 
 
@@ -28,7 +30,10 @@ def write_recovery_card(folder: Path, result: RecoverResult) -> None:
         f"{result.training['tokens']:,} tokens with its {result.zeros_held:,} zeros held: {result.sparsity:.2%} of the "
         "prunable weights are zero."
     )
-    _write(folder, result, what, "Settings, losses, versions and hashes are")
+    how = ORDINARY
+    if is_converted(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
+        how = WITH_SECATEUR
+    _write(folder, result, what, "Settings, losses, versions and hashes are", how=how)
 
 
 def write_export_card(folder: Path, result: ExportResult) -> None:
@@ -59,6 +64,9 @@ def write_export_card(folder: Path, result: ExportResult) -> None:
 ORDINARY = "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it, secateur is not needed."
 
 
+WITH_SECATEUR = "`import secateur` first; then `AutoModel...from_pretrained` loads it. No code is in the folder."
+
+
 def write_conversion_card(folder: Path, result: ConvertResult) -> None:
     """The same for a model whose layers were converted, or for the difference of one."""
     what = (
@@ -70,7 +78,7 @@ def write_conversion_card(folder: Path, result: ConvertResult) -> None:
     if result.options.get("format") == "delta":
         how = "It is no model by itself: `secateur convert FOLDER --to fused --base BASE -o MODEL` makes one."
     elif any(matrix.kind != "dense" for matrix in result.matrices):
-        how = "`import secateur` first; then `AutoModel...from_pretrained` loads it. No code is in the folder."
+        how = WITH_SECATEUR
     _write(folder, result, what, "All settings, versions, hashes and the result for every matrix are", "converted", how)
 
 

@@ -17,11 +17,15 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import open_source, places_of
 from secateur.conversions.factorized import Factorized
 from secateur.conversions.fused import Fused
-from secateur.converting import factorized
+from secateur.conversions.moe import Moe
+from secateur.conversions.shared import Shared
+from secateur.converting import factorized, moe
 from secateur.converting.delta import apply_delta, write_delta
 from secateur.converting.fused import FuseWork
 from secateur.converting.opened import Converted, Opened, Work, open_model
+from secateur.converting.shared import IterateWork, ShareWork, shared_spec
 from secateur.errors import Interrupted, OutputError, RunError, SecateurError, UsageError, VerificationError
+from secateur.layers.spec import Spec
 from secateur.plugins import build, load_class
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
@@ -37,7 +41,7 @@ from secateur.verbs.verdict import conversion_sentences
 from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
-Conversion = Factorized | Fused
+Conversion = Factorized | Fused | Moe | Shared
 SETTINGS = ("targets", "ignore", "calibration", "samples", "sequence_length", "seed", "device", "dtype",
             "compute_dtype", "activation_memory")  # fmt: skip
 """Fields of a recipe that a conversion looks at."""
@@ -98,18 +102,20 @@ def convert(
         OutputFolder(out, overwrite=overwrite, resume=resume, sources=named)  # refuse before anything is fetched
         source = open_source(base or model, reporter=recorder)
         folder = OutputFolder(out, overwrite=overwrite, resume=resume, sources=[source.folder, *named])
-        opened = open_model(source, recipe, recorder, stack)
+        fewer = isinstance(conversion, Shared) and conversion.iterations is not None
+        spec = shared_spec(source) if fewer else None
+        opened = open_model(source, recipe, recorder, stack, converted=fewer)
         if evaluate and not delta:
             text = None if data == "builtin" else data
             tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, opened.model, recorder)
             check_measurable(opened.model, data)
         loaded = Calibration(protocol={"calibration": "none: the conversion needs no data"})
-        if isinstance(conversion, Factorized) and conversion.statistics:
+        if not isinstance(conversion, Fused) and conversion.statistics:
             demo = source.kind == "demo"
             loaded = load_calibration(recipe, opened.model, source.folder, recorder, data=own_data, demo=demo)
         else:
             tell_unread(recipe, own_data is not None, evaluate, f"conversion {conversion.name}", recorder)
-        work = _prepare(conversion, model, opened, loaded, recorder, stack)
+        work = _prepare(conversion, model, opened, loaded, spec, recorder, stack)
         folder.require_space(work.nbytes)
         stack.enter_context(folder)
         result = _result(model if base is None else base, out, conversion, opened, work, loaded)
@@ -171,11 +177,15 @@ def make_conversion(to: str | Conversion, options: Mapping[str, Any]) -> Convers
 
 
 def _prepare(
-    conversion: Conversion, model: str | Path, opened: Opened, loaded: Calibration, reporter: Reporter,
-    stack: ExitStack,
+    conversion: Conversion, model: str | Path, opened: Opened, loaded: Calibration, spec: Spec | None,
+    reporter: Reporter, stack: ExitStack,
 ) -> Work:  # fmt: skip
     if isinstance(conversion, Factorized):
         return factorized.prepare(conversion, opened, loaded.batches, loaded.probe, reporter)
+    if isinstance(conversion, Moe):
+        return moe.prepare(conversion, opened, loaded.batches, reporter)
+    if isinstance(conversion, Shared):
+        return ShareWork(conversion, opened) if spec is None else IterateWork(conversion, opened, spec)
     if conversion.base is not None:
         return apply_delta(Path(model).expanduser(), opened)
     return FuseWork(conversion, opened, reporter, stack)

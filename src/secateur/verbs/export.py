@@ -11,14 +11,16 @@ from typing import Any
 
 import transformers
 
-from secateur.checkpoint.check import hash_folder
+from secateur.checkpoint.check import hash_folder, read_config
 from secateur.checkpoint.file import OutputFile
 from secateur.checkpoint.folder import OutputFolder
 from secateur.checkpoint.source import Source, open_source, places_of
 from secateur.checkpoint.writer import hash_file
+from secateur.errors import UnsupportedModelError
 from secateur.formats._base import Format, Plan
 from secateur.formats.gguf import GGUFPlan
 from secateur.formats.sparse import SparsePlan
+from secateur.layers.spec import is_converted
 from secateur.plugins import build, load_class
 from secateur.progress import Recorder, Reporter
 from secateur.result import RESULT_FILE, ExportResult, write_json
@@ -64,6 +66,11 @@ def export(
         else:
             source = open_source(model, reporter=recorder, packed=chosen.reads_packed)
         place = _place(chosen, out, overwrite, [source.folder, *named])
+        if is_converted(read_config(source.folder)):
+            raise UnsupportedModelError(
+                f"{source.name} is a converted model: no format of export knows its layers",
+                hint="export the model that it was made from",
+            )
         plan = chosen.plan(source, recorder)
         place.require_space(plan.nbytes)
         with _in_folder(place) if isinstance(place, OutputFolder) else _in_file(place) as partial:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from secateur.checkpoint.check import check_finite, check_model_folder, hash_folder
+from secateur.checkpoint.check import check_finite, hash_folder
 from secateur.checkpoint.folder import copy_side_files
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.reader import CheckpointReader
@@ -25,10 +25,12 @@ from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
 from secateur.engine.forward import probe_inputs, rehearse, runs_in
+from secateur.engine.opening import open_checkpoint
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
-from secateur.errors import CheckpointError, WeightValueError
+from secateur.errors import UnsupportedModelError, WeightValueError
+from secateur.layers.spec import is_converted, read_spec
 from secateur.methods._quantised import bare, with_bits
 from secateur.methods._refitted import with_refit
 from secateur.plugins import (
@@ -188,16 +190,9 @@ def prepare(
         asked = "float32"  # who asks for the paper's procedure wants its numbers, and these hang on rounding
     compute, dtype = compute_dtype(asked, device), parse_dtype(recipe.dtype, "dtype")
     activation_limit(recipe.activation_memory)
-    check_model_folder(source.folder)
-    model = build_skeleton(source.folder)
-    reader = stack.enter_context(CheckpointReader(source.folder))
-    binding = Binding(model, reader.keys)
-    if binding.missing:
-        raise CheckpointError(
-            f"the checkpoint lacks {len(binding.missing)} weights of the model, the first is {binding.missing[0]}",
-            hint="config.json names another architecture than the weights have",
-        )
-    structure = find_structure(model)
+    found = open_checkpoint(source.folder, stack)
+    _check_layers(source, found.config, recipe)
+    model, structure, reader, binding = found.model, found.structure, found.reader, found.binding
     plan = Plan() if recipe.structure else make_plan(recipe, structure)
     rehearse(model, structure, binding, reader)
     if binding.resident:
@@ -251,6 +246,16 @@ def prepare(
         source, recipe, method, opened.skeleton, opened.structure, opened.reader, opened.binding, plan, calibration,
         device, compute, dtype, digest, prunable, shape, calibration_read=read, calibration_protocol=protocol,
     )  # fmt: skip
+
+
+def _check_layers(source: Source, config: Mapping[str, Any], recipe: Recipe) -> None:
+    """Refuse converted models where other layers, or several blocks, would have to change along."""
+    if is_converted(config) and (recipe.structure or read_spec(config).sharing is not None):
+        why = "its blocks share their weights" if read_spec(config).sharing is not None else "its layers are converted"
+        raise UnsupportedModelError(
+            f"{source.name} cannot be pruned {'by structures' if recipe.structure else 'block by block'}: {why}",
+            hint="prune the model that it was made from, and convert the result",
+        )
 
 
 def _needs_data(method: Chooser, recipe: Recipe) -> bool:

@@ -19,18 +19,20 @@ from secateur.corpus.labelled import Labelled, first_columns, read_labelled
 from secateur.corpus.load import load_text
 from secateur.corpus.windows import windows
 from secateur.errors import CalibrationError, MissingExtraError, UnsupportedModelError, UsageError
+from secateur.layers.spec import is_converted, read_spec
 from secateur.measure.classify import check_classifier
 from secateur.measure.embeddings import check_encoder
 from secateur.measure.texts import tokenise
 from secateur.progress import Reporter
+from secateur.recovery.adapter_moe import networks_of
 from secateur.recovery.data import Split, split, steps_for
-from secateur.training import CACHED, RANK, TOP_K, Training
+from secateur.training import CACHED, DIM, EXPERTS, EXPERTS_OF_A_TOKEN, RANK, TOP_K, Training
 from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.teacher import Teacher, find_teacher, is_classifier
 
 Task = Literal["language", "labels", "features"]
 
-RATES = {"full": 4e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 4e-4}
+RATES = {"full": 4e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 4e-4, "adapter-moe": 1e-3}
 LABEL_RATES = {"full": 3e-5, "lora": 3e-4, "norms-and-biases": 1e-3}
 EPOCHS = 4
 """The most times that --mode blocks goes through a text when no budget is given."""
@@ -69,7 +71,7 @@ class Lesson:
     @property
     def top_k(self) -> int:
         """Logits of the teacher that are kept for each token."""
-        return self.settings.top_k or TOP_K
+        return TOP_K if self.settings.mode == "adapter-moe" else self.settings.top_k or TOP_K
 
     @property
     def sequences_per_step(self) -> int:
@@ -119,10 +121,17 @@ def plan_lesson(
         SourceError: a teacher that cannot be opened, or has another vocabulary.
         MissingExtraError: for adapters without PEFT.
     """
+    _check_mode(settings, skeleton)
     if settings.mode == "lora" and importlib.util.find_spec("peft") is None:
         raise MissingExtraError("--mode lora needs PEFT", hint="pip install 'secateur[recover]'")
     labelled = _labelled(settings, skeleton)
     task = _task(settings, skeleton, labelled)
+    if settings.mode == "adapter-moe":
+        if task != "language":
+            raise UsageError(
+                "--mode adapter-moe trains language models on text", hint="use --mode full, lora or norms-and-biases"
+            )
+        networks_of(skeleton)  # refuse a model that has none
     tokenizer = load_tokenizer(source.folder)
     known = settings.teacher is not None or bool((result.get("source") or {}).get("model"))
     loss = _loss(settings, task, known, reporter)
@@ -151,11 +160,26 @@ def plan_lesson(
         "held_out": lesson.held_out_told,
         "teacher": teacher.source.name if teacher else "none",
     }
+    if settings.mode == "adapter-moe":
+        lesson.protocol |= {
+            "experts": settings.experts or EXPERTS, "experts_of_a_token": settings.top_k or EXPERTS_OF_A_TOKEN,
+            "dim": settings.dim or DIM,
+        }  # fmt: skip
     if settings.mode == "lora":
         lesson.protocol["rank"] = settings.rank or RANK
     if looks_at_top_k(settings, task, loss):
         lesson.protocol["top_k"] = lesson.top_k
     return lesson
+
+
+def _check_mode(settings: Training, skeleton: transformers.PreTrainedModel) -> None:
+    """Refuse what would train a tensor that several blocks share as if it were in one of them."""
+    config = skeleton.config.to_dict()
+    if settings.mode in ("lora", "blocks") and is_converted(config) and read_spec(config).tied:
+        raise UsageError(
+            f"--mode {settings.mode} cannot train weights that several blocks share",
+            hint="use --mode full, or norms-and-biases",
+        )
 
 
 def looks_at_top_k(settings: Training, task: Task, loss: str) -> bool:
@@ -168,7 +192,9 @@ def unused(settings: Training, task: Task, loss: str) -> list[str]:
     blocks = settings.mode == "blocks"
     looked_at = {
         "rank": settings.mode == "lora",
-        "top_k": looks_at_top_k(settings, task, loss),
+        "top_k": looks_at_top_k(settings, task, loss) or settings.mode == "adapter-moe",
+        "experts": settings.mode == "adapter-moe",
+        "dim": settings.mode == "adapter-moe",
         "gradient_checkpointing": not blocks,
         "save_minutes": not blocks,
     }

@@ -14,9 +14,10 @@ from secateur.engine.blocks import find_structure
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.measure.model import load_model, quiet_loading
+from secateur.recovery.adapter_moe import add_adapter_experts
 from secateur.recovery.lora import add_adapters
 from secateur.recovery.zeros import HeldZeros
-from secateur.training import RANK
+from secateur.training import DIM, EXPERTS, EXPERTS_OF_A_TOKEN, RANK
 from secateur.verbs.lesson import Lesson
 
 
@@ -98,6 +99,12 @@ def trainable(lesson: Lesson, student: Any, held: HeldZeros, new: set[str]) -> A
         for parameter in learning:
             parameter.requires_grad_(True)
         return model
+    if settings.mode == "adapter-moe":
+        add_adapter_experts(
+            student, experts=settings.experts or EXPERTS, top=settings.top_k or EXPERTS_OF_A_TOKEN,
+            dim=settings.dim or DIM, seed=settings.seed,
+        )  # fmt: skip
+        return student
     if settings.mode == "norms-and-biases":
         vectors = {name for name, parameter in student.named_parameters() if parameter.ndim == 1}
         if not vectors:

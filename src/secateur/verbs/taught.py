@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,14 +14,16 @@ import transformers
 
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
-from secateur.checkpoint.writer import CheckpointWriter, hash_file, layout_like
+from secateur.checkpoint.writer import CheckpointWriter, Entry, hash_file, layout_for, layout_like
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
 from secateur.engine.forward import probe_inputs
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import build_skeleton
+from secateur.layers.spec import converted_config
 from secateur.measure.model import quiet_loading
 from secateur.measure.texts import padding_token
+from secateur.recovery.adapter_moe import adapter_spec
 from secateur.recovery.zeros import HeldZeros
 from secateur.verbs.lesson import Lesson
 
@@ -104,8 +108,13 @@ def write_taught(lesson: Lesson, model: Any, source: Source, partial: Path, held
     names = [matrix.name for matrix in find_structure(model).matrices]
     with CheckpointReader(source.folder) as reader:
         binding = Binding(model, reader.keys)
-        fresh = bool(binding.missing)
-        if not fresh:
+        spec = adapter_spec(model) if binding.missing else None
+        if spec is not None:
+            shards = _write_like(reader, binding, model, partial, binding.missing)
+            config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+            text = json.dumps(converted_config(config, spec), indent=2) + "\n"
+            (partial / "config.json").write_text(text, encoding="utf-8")
+        elif not binding.missing:
             shards = _write_like(reader, binding, model, partial)
             text = (source.folder / "config.json").read_text(encoding="utf-8")
             (partial / "config.json").write_text(text, encoding="utf-8")
@@ -128,10 +137,26 @@ def write_taught(lesson: Lesson, model: Any, source: Source, partial: Path, held
     return Taught(shards, zeros, prunable, held, len(held), probe, answer)
 
 
-def _write_like(reader: CheckpointReader, binding: Binding, model: Any, partial: Path) -> dict[str, str]:
-    """The same keys, shards and formats as the source; afterwards the model holds what was written."""
+def _write_like(
+    reader: CheckpointReader, binding: Binding, model: Any, partial: Path, added: Sequence[str] = ()
+) -> dict[str, str]:
+    """The same keys, shards and formats as the source; afterwards the model holds what was written.
+
+    Args:
+        added: tensors of the model that the source has not, in the format of most of it.
+    """
     state = model.state_dict()
-    with CheckpointWriter(partial, layout_like(reader), resume=False) as writer:
+    layout = layout_like(reader)
+    if added:
+        entries = [Entry(key, reader.info(key).dtype, reader.info(key).shape) for key in reader.keys]
+        formats = Counter(entry.dtype for entry in entries if entry.dtype.is_floating_point)
+        usual = formats.most_common(1)[0][0]
+        layout = layout_for([*entries, *(Entry(name, usual, tuple(state[name].shape)) for name in added)])
+    with CheckpointWriter(partial, layout, resume=False) as writer:
+        for name in added:
+            rounded = state[name].detach().cpu().to(usual).contiguous()
+            writer.write(name, rounded)
+            state[name].copy_(rounded)
         for unit in binding.units:
             tensors = {name: state[name].detach().cpu() for name in unit.names}
             for key, tensor in binding.unload(unit, tensors).items():

@@ -114,6 +114,9 @@ def recovery_sentences(
     """
     proof = "every held zero was checked" if checked else "the held zeros were not checked in what was written"
     said = [f"{after.sparsity:.1%} of the prunable weights are zero, as before: {proof}."]
+    more = after.parameters - before.parameters
+    if more > 0:
+        said.append(f"It has {more:,} parameters more than before ({more / before.parameters:+.1%}).")
     said += _quality(before, after)
     if teacher is not None and None not in (teacher.nll_per_token, before.nll_per_token, after.nll_per_token):
         assert teacher.nll_per_token is not None
