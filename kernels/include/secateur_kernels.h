@@ -81,6 +81,25 @@ SK_API int sk_check(const sk_matrix *matrix);
 SK_API int sk_linear(const sk_matrix *matrices, int count, const void *x, int type, int64_t tokens, int activations,
                      void *out, int threads);
 
+typedef struct sk_norm {
+  const void *weight; /* as many as the columns it is for */
+  int32_t type;
+  float epsilon;
+} sk_norm;
+
+/* One token through a block as Llama has it, without its attention; all of x, out, cosines, sines of one type.
+ *
+ * Before: out = query, key and value of x after its norm (x / sqrt(mean of squares + epsilon) * weight), side by side;
+ * of each head of query and key the pairs (i, i + rotated / 2) are turned by the cosines and sines (`rotated` of each).
+ * matrices: query, key, value. */
+SK_API int sk_block_before(const sk_matrix *matrices, const sk_norm *norm, const void *x, int type, const void *cosines,
+                           const void *sines, int64_t head, int64_t rotated, int activations, void *out, int threads);
+
+/* Behind: h = x + output(attended); out = h + down(silu(gate(n)) * up(n)) with n = h after its norm.
+ * matrices: output, gate, up, down. */
+SK_API int sk_block_behind(const sk_matrix *matrices, const sk_norm *norm, const void *attended, const void *x, int type,
+                           int activations, void *out, int threads);
+
 /* Rows first to last (exclusive) as numbers: out is (last - first) x columns, contiguous. */
 SK_API int sk_unpack(const sk_matrix *matrix, int64_t first, int64_t last, void *out, int type, int threads);
 

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <utility>
 #include <vector>
 
 #if defined(__unix__)
@@ -234,6 +235,50 @@ void damaged() {
   expect(sk_check(&m) == SK_NO_MATRIX, "no scales", m, 0);
 }
 
+// Blocks of odd sizes on memory of exactly their size; what they compute is compared in tests/kernels/test_blocks.py.
+void blocks(int64_t hidden, int turn) {
+  const int64_t head = 2 + turn % 5, heads = 1 + turn % 3, groups = 1 + turn % 2, inner = 1 + turn * 37 % 130;
+  const int64_t rotated = 2 + turn % 3 * 2 <= head ? 2 + turn % 3 * 2 : 2;
+  const int bits = std::vector<int>{16, 8, 4}[static_cast<size_t>(turn % 3)];
+  const int64_t shapes[7][2] = {{heads * head, hidden}, {groups * head, hidden}, {groups * head, hidden},
+                                {hidden, heads * head}, {inner, hidden}, {inner, hidden}, {hidden, inner}};
+  std::vector<Packed> packed;
+  std::vector<sk_matrix> matrices;
+  for (int i = 0; i < 7; ++i) {
+    packed.push_back(pack((turn + i) % 2 ? SK_MASK : SK_DENSE, bits, SK_BF16, shapes[i][0], shapes[i][1], 0, 0.5));
+    matrices.push_back(packed.back().matrix);
+  }
+  const int64_t rows = (heads + 2 * groups) * head;
+  for (int type : {SK_F32, SK_BF16, SK_F16}) {
+    const auto filled = [type](int64_t count) {
+      Exact<uint8_t> made(static_cast<size_t>(count) * (type == SK_F32 ? 4 : 2));
+      for (int64_t i = 0; i < count; ++i) store_number(made.data.get(), type, i, static_cast<float>(uniform() - 0.5));
+      return made;
+    };
+    const Exact<uint8_t> x = filled(hidden), cosines = filled(rotated), sines = filled(rotated), weight = filled(hidden);
+    const Exact<uint8_t> attended = filled(heads * head), first = filled(rows), second = filled(hidden);
+    const sk_norm norm = {weight.data.get(), type, 1e-5f};
+    expect(sk_block_before(matrices.data(), &norm, x.data.get(), type, cosines.data.get(), sines.data.get(), head, rotated,
+                           turn % 3, first.data.get(), 2) == SK_OK, "block before", matrices[0], 0.5);
+    expect(sk_block_behind(matrices.data() + 3, &norm, attended.data.get(), x.data.get(), type, turn % 3,
+                           second.data.get(), 2) == SK_OK, "block behind", matrices[3], 0.5);
+    // Weights this large leave the range of float16.
+    for (int64_t i = 0; i < rows && type != SK_F16; ++i)
+      expect(std::isfinite(load_number(first.data.get(), type, i)), "block before", matrices[0], 0.5);
+    for (int64_t i = 0; i < hidden && type != SK_F16; ++i)
+      expect(std::isfinite(load_number(second.data.get(), type, i)), "block behind", matrices[3], 0.5);
+    expect(sk_block_before(matrices.data(), &norm, x.data.get(), type, cosines.data.get(), sines.data.get(), head,
+                           head + 2 - head % 2, 0, first.data.get(), 1) == SK_BAD_SIZE, "turned too far", matrices[0], 0.5);
+    expect(sk_block_behind(matrices.data() + 3, &norm, attended.data.get(), nullptr, type, 0, second.data.get(), 1) ==
+               SK_NO_MATRIX, "no input", matrices[3], 0.5);
+    std::swap(matrices[5], matrices[6]);
+    if (hidden != inner)
+      expect(sk_block_behind(matrices.data() + 3, &norm, attended.data.get(), x.data.get(), type, 0, second.data.get(),
+                             1) == SK_BAD_SIZE, "matrices that do not fit", matrices[3], 0.5);
+    std::swap(matrices[5], matrices[6]);
+  }
+}
+
 }  // namespace
 
 int main(int argc, char **) {
@@ -266,6 +311,9 @@ int main(int argc, char **) {
     for (int v = 0; v < sk_variant_count(); ++v)
       if (sk_variant_runs(v) && sk_use(sk_variant_name(v)) == SK_OK) products(p, 3, SK_BF16, 1, 2, 0.5);
   }
+  for (int v = 0; v < sk_variant_count(); ++v)
+    if (sk_variant_runs(v) && sk_use(sk_variant_name(v)) == SK_OK)
+      for (int64_t hidden = 1; hidden <= 130; hidden += quick ? 11 : 1) blocks(hidden, static_cast<int>(hidden));
   printf("%ld of %ld comparisons failed\n", failures, compared);
   return failures != 0;
 }

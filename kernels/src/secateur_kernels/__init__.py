@@ -5,6 +5,7 @@ do; nothing of PyTorch is imported. A matrix is described once, by `describe`, w
 that description.
 """
 
+from secateur_kernels._block import Block
 from secateur_kernels._library import ABI, KernelError, read, use, variant, variants
 from secateur_kernels._matrix import ACTIVATIONS, Matrix, describe, linear, linear_many, unpack
 
@@ -12,6 +13,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ABI",
     "ACTIVATIONS",
+    "Block",
     "KernelError",
     "Matrix",
     "describe",

@@ -33,12 +33,20 @@ _library.sk_message.restype = _library.sk_variant.restype = _library.sk_variant_
 _library.sk_use.argtypes = [ctypes.c_char_p]
 _library.sk_check.argtypes = [ctypes.c_char_p]
 _library.sk_linear.argtypes = [ctypes.c_char_p, _int, _pointer, _int, _long, _int, _pointer, _int]
+_library.sk_block_before.argtypes = [
+    ctypes.c_char_p, ctypes.c_char_p, _pointer, _int, _pointer, _pointer, _long, _long, _int, _pointer, _int,
+]  # fmt: skip
+_library.sk_block_behind.argtypes = [
+    ctypes.c_char_p, ctypes.c_char_p, _pointer, _pointer, _int, _int, _pointer, _int,
+]  # fmt: skip
 _library.sk_unpack.argtypes = [ctypes.c_char_p, _long, _long, _pointer, _int, _int]
 _library.sk_read.argtypes = [_pointer, _long, _int]
 _library.sk_read.restype = ctypes.c_uint64
 
 check = _library.sk_check
 linear = _library.sk_linear
+block_before = _library.sk_block_before
+block_behind = _library.sk_block_behind
 unpack = _library.sk_unpack
 
 

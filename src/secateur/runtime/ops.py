@@ -168,6 +168,12 @@ def linear(
     return found
 
 
+def describe(module: SparseLinear) -> Any:
+    """A packed module as the kernels see it: valid while its tensors stay where they are."""
+    values, pattern, scales, starts = _parts(module.entry, module.parts, module.parts["starts"])
+    return _describe(values, pattern, scales, starts, module.bias, *_layout(module.entry))
+
+
 def linear_many(modules: Sequence[SparseLinear], inputs: Tensor) -> list[Tensor]:
     """``inputs W^T + bias`` of several packed modules with as many columns, in one call.
 
@@ -180,10 +186,7 @@ def linear_many(modules: Sequence[SparseLinear], inputs: Tensor) -> list[Tensor]
     Returns:
         (..., rows) for each, of the dtype of the inputs: bit for bit what `linear` gives.
     """
-    matrices = []
-    for module in modules:
-        values, pattern, scales, starts = _parts(module.entry, module.parts, module.parts["starts"])
-        matrices.append(_describe(values, pattern, scales, starts, module.bias, *_layout(module.entry)))
+    matrices = [describe(module) for module in modules]
     flat = inputs.reshape(-1, modules[0].entry.columns).contiguous()
     rows = [matrix.rows for matrix in matrices]
     out = torch.empty(flat.shape[0], sum(rows), dtype=inputs.dtype)

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from secateur.checkpoint.reader import read_header
 from secateur.errors import CheckpointError, UnsafeCheckpointError, UnsupportedModelError
 from secateur.packing.header import METHOD, Header, check_places
+from secateur.runtime.blocks import speed_up
 from secateur.runtime.kernels import find
 from secateur.runtime.modules import Packed, TiedEmbedding, TiedLinear, packed_for
 from secateur.runtime.siblings import introduce
@@ -79,6 +80,7 @@ class SparseQuantizer(HfQuantizer):
             if isinstance(module, Packed):
                 module.check(name)
         introduce(model)
+        speed_up(model)
         if reason := find().reason:
             logger.warning_once(
                 "The sparse weights of this model are unpacked by PyTorch each time they are used: it computes what "
