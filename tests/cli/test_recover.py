@@ -80,6 +80,8 @@ GIVEN = {
     "rank": 5,
     "top_k": 7,
     "epochs": 9,
+    "experts": 6,
+    "dim": 12,
     "held_out": 0.25,
     "gradient_checkpointing": "off",
     "save_minutes": 2.5,

@@ -6,11 +6,13 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.docs.fences import DOCUMENTS, ROOT, Fence, fences
+from tests.docs.forking import server
 from tests.models import byte_tokenizer, save_tiny
 
 RUN = {"bash", "python"}
@@ -39,17 +41,29 @@ def test_the_readme_has_commands_that_are_run():
     assert any("import secateur" in body for body in bodies)
 
 
+@pytest.fixture(scope="module")
+def command():
+    """The file `secateur`, which runs each command line in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as script:  # a socket wants a short path
+        yield script
+
+
+def test_a_command_that_fails_is_seen_to_fail(command, tmp_path):
+    done = subprocess.run([command, "inspect", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+
+
 @pytest.fixture
-def workplace(tmp_path):
+def workplace(tmp_path, command):
     """A folder with the stand-in, and commands `secateur` and `python` that are those of this test run."""
     save_tiny(tmp_path / STAND_IN, "llama")
     byte_tokenizer().save_pretrained(tmp_path / STAND_IN)  # one that every format can hold
     commands = tmp_path / "commands"
     commands.mkdir()
-    for name, arguments in (("secateur", "-m secateur "), ("python", "")):
-        script = commands / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}"$@"\n')
-        script.chmod(0o755)
+    (commands / "secateur").symlink_to(command)
+    (commands / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (commands / "python").chmod(0o755)
     return tmp_path
 
 
