@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from secateur.bench_result import RatioResult
+from secateur.bench_result import Quantities, RatioResult
 from secateur.errors import UsageError
 from secateur.pages.answer import _gains
 from secateur.pages.blocks import block_map
@@ -276,3 +276,17 @@ def test_speed_that_a_benchmark_did_not_show_is_no_gain(tmp_path, differs):
     assert model.unshown == ([] if differs else ["decode_speedup"])
     gains = dict(_gains(model, next(one for one in result.models if one.kind == "dense")))
     assert gains["1.19 times the decoding speed"] == differs
+
+
+def test_packed_models_of_the_same_size_count_as_pruned_and_as_quantised(tmp_path):
+    made = bench()
+    numbers = {"parameters": 1000, "bytes_disk": 900_000, "perplexity": 12.1}
+    worse = {**numbers, "perplexity": 16.0}
+    made.against.append(Quantities("half", "transformers", "sparse int8", nonzero=500, kernels="avx512", **worse))
+    made.against.append(Quantities("whole", "transformers", "dense int8", nonzero=1000, kernels="avx512", **numbers))
+    other = {**numbers, "parameters": 700}  # the next smaller model, packed: it is not made of this one
+    made.against.append(Quantities("next", "transformers", "dense int8", nonzero=700, kernels="avx512", **other))
+    result = collect(write(tmp_path / "bench.json", made), write(tmp_path / "pruned", pruning()))
+    kinds = {model.name.split(",")[0]: model.kind for model in result.models}
+    assert (kinds["half"], kinds["whole"], kinds["next"]) == ("pruned", "quantised", "other")
+    assert result.answer[2].startswith("Quantising alone: whole, dense int8")

@@ -241,6 +241,8 @@ class Collector:
                 kind = "pruned"
             elif _names(entry.name) & source.names:
                 kind = "dense" if entry is dense else "quantised"
+            elif dense is not None and entry.packed and entry.parameters == dense.parameters:
+                kind = "quantised" if entry.format.startswith("dense ") else "pruned"
             values = {key: float(getattr(entry, key)) for key in _COPIED if getattr(entry, key) is not None}
             if entry.parameters and entry.nonzero is not None:
                 values["zeros"] = 1 - entry.nonzero / entry.parameters
