@@ -29,17 +29,9 @@ from torch import Tensor
 
 from secateur.errors import CalibrationError, UsageError
 from secateur.masks import lowest_nm, lowest_of_matrix
-from secateur.methods._common import (
-    check_pattern,
-    check_weight,
-    is_identity,
-    matrix_mask,
-    never_seen,
-    total_count,
-    unchanged,
-)
+from secateur.methods._common import total_count
+from secateur.methods._scaled import solve_scaled
 from secateur.plugins import Solved, StatisticsKind, Target
-from secateur.refit import output_error, unit_diagonal
 from secateur.statistics import InputStatistics
 
 
@@ -81,25 +73,12 @@ class Admm:
             CalibrationError: when the Gram matrix cannot be factorised.
             ValueError: without a Gram matrix, or when it is of another width.
         """
-        check_weight(weight)
-        if is_identity(target):
-            return unchanged(weight)
-        check_pattern(weight, target)
-        if stats is None or stats.gram is None or stats.in_features != weight.shape[1]:
-            raise ValueError(f"admm needs the Gram matrix of {weight.shape[1]} inputs")
-        dead = stats.dead().to(weight.device)
-        gram = stats.gram.to(weight.device, torch.float32)
-        if bool(dead.all()):
-            mask = matrix_mask(weight.abs(), target)
-            return Solved(weight.masked_fill(~mask, 0.0), mask, notes=[never_seen(stats)])
-        scale, matrix = unit_diagonal(gram, dead, 0.0)
-        matrix.diagonal().add_(self.damping)
-        dense = (weight * scale).masked_fill_(dead, 0.0)
-        values, mask = multipliers(matrix, dense, target, self.iterations, self.mask_iterations, self.penalty)
-        pruned = values.div_(scale).masked_fill_(~mask, 0.0)
-        pruned = torch.where(mask & dead, weight, pruned)
-        notes = [f"{int(dead.sum())} of {len(dead)} inputs are dead (always zero in the calibration data)"]
-        return Solved(pruned, mask, output_error(gram, weight - pruned), notes if bool(dead.any()) else [])
+
+        def search(matrix: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+            matrix.diagonal().add_(self.damping)
+            return multipliers(matrix, dense, target, self.iterations, self.mask_iterations, self.penalty)
+
+        return solve_scaled("admm", weight, stats, target, 0.0, search)
 
 
 def multipliers(

@@ -28,9 +28,10 @@ import torch
 from torch import Tensor
 
 from secateur.errors import CalibrationError, UsageError
-from secateur.methods._common import check_pattern, check_weight, is_identity, matrix_mask, never_seen, unchanged
+from secateur.methods._common import matrix_mask
+from secateur.methods._scaled import solve_scaled
 from secateur.plugins import Solved, StatisticsKind, Target
-from secateur.refit import masked_least_squares, output_error, unit_diagonal
+from secateur.refit import masked_least_squares
 from secateur.statistics import InputStatistics
 
 _LOOK = 3
@@ -79,26 +80,12 @@ class Alps:
             CalibrationError: when the Gram matrix cannot be factorised.
             ValueError: without a Gram matrix, or when it is of another width.
         """
-        check_weight(weight)
-        if is_identity(target):
-            return unchanged(weight)
-        check_pattern(weight, target)
-        if stats is None or stats.gram is None or stats.in_features != weight.shape[1]:
-            raise ValueError(f"alps needs the Gram matrix of {weight.shape[1]} inputs")
-        dead = stats.dead().to(weight.device)
-        gram = stats.gram.to(weight.device, torch.float32)
-        if bool(dead.all()):
-            mask = matrix_mask(weight.abs(), target)
-            return Solved(weight.masked_fill(~mask, 0.0), mask, notes=[never_seen(stats)])
-        scale, matrix = unit_diagonal(gram, dead, self.damping)
-        # Dead inputs have no say in the outputs: their weights go first.
-        dense = (weight * scale).masked_fill_(dead, 0.0)
-        values, mask = search(matrix, dense, target, self.iterations, self.settled, self.penalty)
-        values = masked_least_squares(matrix, dense @ matrix, mask, values, self.refit_steps)
-        pruned = values.div_(scale).masked_fill_(~mask, 0.0)
-        pruned = torch.where(mask & dead, weight, pruned)
-        notes = [f"{int(dead.sum())} of {len(dead)} inputs are dead (always zero in the calibration data)"]
-        return Solved(pruned, mask, output_error(gram, weight - pruned), notes if bool(dead.any()) else [])
+
+        def both(matrix: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+            values, mask = search(matrix, dense, target, self.iterations, self.settled, self.penalty)
+            return masked_least_squares(matrix, dense @ matrix, mask, values, self.refit_steps), mask
+
+        return solve_scaled("alps", weight, stats, target, self.damping, both)
 
 
 def search(

@@ -52,10 +52,10 @@ def measure_finalists(setup: Setup, store: Store, task_of: Callable[..., Task], 
             reporter.note(f"trial {number}: its model was removed, and is made again")
             make_model(task, Outcome("complete"), Recorder())
             store.keep_model(number, task.out)
+        # Timed first: when that is interrupted, the test text has not been looked at.
+        timed = _timed(trial, folder, setup, dense)
         found = quality(folder, test, first=first, device=setup.device)
-        done.append(_tested(trial, found, store.get("dense_right_test", ""), str(folder)))
-        if setup.finalist_load is not None and setup.trial_load is None:
-            _timed(done[-1], folder, setup, dense)
+        done.append(_tested(timed, found, store.get("dense_right_test", ""), str(folder)))
         store.put("finalists", [one.to_dict() for one in done])
         reporter.advance(f"trial {number}")
     if setup.spec.keep != "all":
@@ -68,13 +68,15 @@ def measure_finalists(setup: Setup, store: Store, task_of: Callable[..., Task], 
     store.put("spent", {**spent, "finalist_seconds": before + time.monotonic() - started})
 
 
-def _timed(finalist: Trial, folder: Path, setup: Setup, dense: Trial) -> None:
-    """Add the speed, which none of the trials was asked for."""
-    assert setup.finalist_load is not None
+def _timed(trial: Trial, folder: Path, setup: Setup, dense: Trial) -> Trial:
+    """A trial with its speed, where finalists are timed and trials were not."""
+    if setup.finalist_load is None or setup.trial_load is not None:
+        return trial
     speed = trial_speed(setup.finalist_load, setup.source.folder, folder, dense.values, setup.device, Recorder())
-    finalist.values |= speed.values
-    finalist.intervals |= speed.intervals
-    finalist.missing |= speed.missing
+    return dataclasses.replace(
+        trial, values={**trial.values, **speed.values}, intervals={**trial.intervals, **speed.intervals},
+        missing={**trial.missing, **speed.missing},
+    )  # fmt: skip
 
 
 def _tested(trial: Trial, found: Quality, dense_right: str, out: str) -> Trial:
