@@ -21,8 +21,13 @@ STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "experts", "hidden")
 """What --structure can remove."""
 BUDGET_STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
 """Among which a budget can be split."""
-LOOKED_AT = {"round_to": ("ffn", "hidden"), "update": ("ffn", "kv-groups", "heads", "hidden")}
+LOOKED_AT = {
+    "round_to": ("ffn", "hidden"),
+    "update": ("ffn", "kv-groups", "heads", "hidden"),
+}
 """Which structures look at a field."""
+RECONSTRUCTS = ("ffn", "kv-groups", "heads")
+"""Structures after which a block can be trained."""
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 BITS, GROUP_SIZES = (8, 4), (64, 128)
 """Of rounded weights, and how many may share a scale."""
@@ -219,8 +224,8 @@ class Recipe:
         """
         units = {*self.structure} - {"depth"}
         single = (
-            "pattern", "refit", "error_correction", "reconstruct", "reconstruct_options", "bits", "group_size",
-            "allocation", "allocation_options", "targets", "ignore", "overrides",
+            "pattern", "refit", "error_correction", "bits", "group_size", "allocation", "allocation_options",
+            "targets", "ignore", "overrides",
         )  # fmt: skip
         for name in names:
             if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
@@ -228,6 +233,8 @@ class Recipe:
             if name in LOOKED_AT and not units:
                 structure = f" {', '.join(LOOKED_AT[name])}" if self.structure else ""
                 raise RecipeError(f"{name} needs --structure{structure}", hint="leave it out")
+            if name == "reconstruct" and self.structure and not units & {*RECONSTRUCTS, "auto"}:
+                raise RecipeError(f"reconstruct needs --structure {', '.join(RECONSTRUCTS)}", hint="leave it out")
             if name in single and self.structure:
                 asked = "structure" if self.budget is None else "budget"
                 raise RecipeError(f"{name} has no meaning with --{asked}", hint="leave it out")

@@ -12,9 +12,10 @@ import transformers
 import secateur
 from secateur.engine.blocks import find_structure
 from secateur.engine.reconstruct import Reconstructing, held_out, second_half
-from secateur.errors import RecipeError, RunError, SecateurError, UnknownNameError, UsageError
+from secateur.errors import RecipeError, RunError, UnknownNameError, UsageError
 from secateur.recipe import Recipe
 from tests.models import calibration_for, save_tiny, tiny_model
+from tests.naive_blocks import block_in_and_out, error, naive_step
 
 RATE = 3e-3
 
@@ -38,64 +39,12 @@ def same_bytes(one: Path, other: Path) -> bool:
     return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
-def block_in_and_out(model: Any, number: int, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
-    """Arguments and output of a block in a forward of the stock model."""
-    caught: list[Any] = []
-    layer = model.model.layers[number]
-    before = layer.register_forward_pre_hook(lambda _, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
-    after = layer.register_forward_hook(lambda _, args, output: caught.append(output))
-    with torch.no_grad():
-        model(ids, use_cache=False)
-    before.remove()
-    after.remove()
-    return caught[0], caught[1]
-
-
-def error(layer: Any, given: Any, wanted: torch.Tensor) -> torch.Tensor:
-    args, kwargs = given
-    difference = (layer(*args, **kwargs) - wanted).square().sum(-1)
-    return (difference / wanted.square().sum(-1)).mean()
-
-
-def naive_step(dense_folder: Path, start_folder: Path, ids: torch.Tensor) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """One step of Adam for every block, from the first half of the rows; the other half decides whether it stays."""
-    dense, made = (
-        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for folder in (dense_folder, start_folder)
-    )
-    learn, hold = ids.split(len(ids) // 2)
-    told = []
-    for number, layer in enumerate(made.model.layers):
-        given, wanted = block_in_and_out(made, number, learn)[0], block_in_and_out(dense, number, learn)[1]
-        other, goal = block_in_and_out(made, number, hold)[0], block_in_and_out(dense, number, hold)[1]
-        before = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
-        with torch.no_grad():
-            first = float(error(layer, other, goal))
-        made.zero_grad()
-        error(layer, given, wanted).backward()
-        gradients = {
-            name: torch.where((weight == 0) & (weight.ndim == 2), 0.0, weight.grad)
-            for name, weight in layer.named_parameters()
-        }
-        norm = torch.cat([gradient.flatten() for gradient in gradients.values()]).norm()
-        with torch.no_grad():
-            for name, weight in layer.named_parameters():
-                step = gradients[name] * min(1.0, 1.0 / float(norm))
-                weight -= RATE * step / (step.abs() + 1e-8)
-            last = float(error(layer, other, goal))
-            if last >= first:
-                for name, weight in layer.named_parameters():
-                    weight.copy_(before[name])
-        told.append([first, min(first, last)])
-    return made.state_dict(), told
-
-
 def test_one_step_is_that_of_the_naive_loop(model: Path, tmp_path: Path) -> None:
     ids = calibration_for("llama", rows=64)  # two batches of 1,024 tokens
     pruned(model, tmp_path / "start", "none", method="magnitude", calibration=ids)
     options = {"passes": 1, "learning_rate": RATE}
     result = pruned(model, tmp_path / "out", "block", options, method="magnitude", calibration=ids)
-    oracle, told = naive_step(model, tmp_path / "start", ids)
+    oracle, told = naive_step(model, tmp_path / "start", ids, RATE)
     found = [matrix.held_out_error for matrix in result.matrices if matrix.name.endswith("down_proj.weight")]
     assert found == [pytest.approx(pair, rel=1e-4) for pair in told]
     assert all(after < before for before, after in told), "the step was taken"
@@ -292,5 +241,6 @@ def test_a_recipe_that_makes_no_sense_is_refused() -> None:
         Recipe(reconstruct="blok")
     with pytest.raises(RecipeError, match="reconstruct_options"):
         Recipe(reconstruct_options={"passes": 1})
-    with pytest.raises(SecateurError, match="reconstruct has no meaning"):
-        Recipe(structure=("ffn",), reconstruct="block")
+    for structure in ("depth", "hidden", "experts"):
+        with pytest.raises(RecipeError, match="reconstruct needs --structure ffn, kv-groups, heads"):
+            Recipe(structure=(structure,), reconstruct="block")

@@ -60,8 +60,9 @@ class Part:
     """What is pruned and then trained in one go."""
 
     matrices: tuple[str, ...]
+    """Those that are pruned."""
     learning: tuple[str, ...]
-    """Pruned matrices, and norms and biases."""
+    """Names of all tensors that learn, norms and biases among them."""
 
 
 @dataclass
@@ -79,20 +80,16 @@ class Reconstructing(TrainingStream[Kept]):
 
     def _prune_block(self, block: Block, lanes: list[Lane], final: dict[str, torch.Tensor]) -> list[PrunedMatrix]:
         self._learned = set()
-        whole = self.plan
         parts = self._parts(block, final)
         if not lanes or not parts:
             return super()._prune_block(block, lanes, final)
         reports: dict[str, PrunedMatrix] = {}
-        try:
-            for part in parts:
-                self.plan = replace(whole, targets={name: whole.targets[name] for name in part.matrices})
+        for part in parts:
+            with self._only(block, part):
                 made = {matrix.name: matrix for matrix in self._walked(block, lanes, final)}
-                if part.learning and self.reconstruction.passes:
-                    self._reconstruct(block, lanes, final, part, made)
-                reports |= made
-        finally:
-            self.plan = whole
+            if part.learning and self.reconstruction.passes:
+                self._reconstruct(block, lanes, final, part, made)
+            reports |= made
         self._install(block, final, self.compute_dtype)
         for lane in lanes:
             self._pass(lane)
@@ -107,9 +104,7 @@ class Reconstructing(TrainingStream[Kept]):
         pruned = {name for name in names if _is_pruned(self.plan, block, name)}
         if not pruned:
             return []
-        module = self.model.get_submodule(block.name)
-        buffers = {f"{block.name}.{name}" for name, _ in module.named_buffers()}
-        vectors = [n for n, t in final.items() if t.ndim < 2 and t.is_floating_point() and n not in buffers]
+        vectors = self._vectors(block, final)
         later = second_half(block) if self.halves else ()
         parts = []
         for second in (False, True):
@@ -120,6 +115,22 @@ class Reconstructing(TrainingStream[Kept]):
             if matrices:
                 parts.append(Part(matrices, tuple(learning)))
         return parts
+
+    def _vectors(self, block: Block, final: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of the norms and biases of a block."""
+        module = self.model.get_submodule(block.name)
+        buffers = {f"{block.name}.{name}" for name, _ in module.named_buffers()}
+        return [n for n, t in final.items() if t.ndim < 2 and t.is_floating_point() and n not in buffers]
+
+    @contextmanager
+    def _only(self, block: Block, part: Part) -> Iterator[None]:
+        """While it lasts, nothing but a part of the block is pruned."""
+        whole = self.plan
+        self.plan = replace(whole, targets={name: whole.targets[name] for name in part.matrices})
+        try:
+            yield
+        finally:
+            self.plan = whole
 
     # --- pruning, while the forwards wait at the entry of the block -----------------------------------------------
 
@@ -178,10 +189,11 @@ class Reconstructing(TrainingStream[Kept]):
             note = "the reconstruction of its block went astray: a smaller learning_rate may help"
         final.update(best)
         self._learned |= set(best)
+        written = self._as_written(block, final)
         for name in pruned:
             report = reports[name]
-            report.zeros = int((final[name] == 0).sum())
-            report.sparsity = report.zeros / final[name].numel()
+            report.zeros = int((written[name] == 0).sum())
+            report.sparsity = report.zeros / written[name].numel()
             report.held_out_error = [before, least]
             report.notes += [note] if note else []
 

@@ -73,7 +73,7 @@ class UnitStream(BlockStream):
         final.update(whole)
         of_job = [sorted((one for one in solved if one.job is job), key=lambda one: one.expert)
                   for job in jobs.values()]  # fmt: skip
-        self._choices[block.index] = [(parts[0].job.coupling, _units_of(parts)) for parts in of_job]
+        self._choices.setdefault(block.index, []).extend((one[0].job.coupling, _units_of(one)) for one in of_job)
         made = self._as_written(block, final)
         return [self._report(parts, specs, made) for parts in of_job]
 
@@ -114,7 +114,7 @@ class UnitStream(BlockStream):
             self._advance(lane)
 
     def _as_written(self, block: Block, final: dict[str, Tensor]) -> dict[str, Tensor]:
-        return cut_tensors(final, self._choices[block.index])
+        return cut_tensors(final, self._choices.get(block.index, ()))
 
     def _changed(self, block: Block, matrices: Sequence[PrunedMatrix]) -> set[str]:
         jobs = self.jobs.get(block.index, ())

@@ -182,7 +182,7 @@ def prepare(
     if isinstance(method, Method):
         method = with_bits(with_refit(method, recipe.refit), recipe.bits, recipe.columns_of_scale)
         check_correction(recipe, method)
-        reconstruction(recipe)
+    reconstruction(recipe)
     device = resolve_device(recipe.device)
     asked = recipe.compute_dtype
     as_published = asked == "auto" and recipe.correction == "off"
@@ -263,7 +263,7 @@ def _needs_data(method: Chooser, recipe: Recipe) -> bool:
         return method.statistics != "none" or recipe.reconstruct != "none"
     if isinstance(method, ExpertCriterion):
         return method.data
-    return (method.data or recipe.update) and set(recipe.structure) != {"depth"}
+    return (method.data or recipe.update or recipe.reconstruct != "none") and set(recipe.structure) != {"depth"}
 
 
 def _check_fits(reader: CheckpointReader, dtype: torch.dtype) -> None:

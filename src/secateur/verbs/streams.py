@@ -18,6 +18,7 @@ from secateur.progress import Reporter
 from secateur.recipe import Recipe
 from secateur.structured.channel_stream import ChannelStream, Whole
 from secateur.structured.expert_stream import ExpertStream
+from secateur.structured.reconstruct import ReconstructingUnitStream
 from secateur.structured.stream import UnitStream
 
 if TYPE_CHECKING:
@@ -45,11 +46,17 @@ def make_stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter
         )  # fmt: skip
     jobs = width.jobs if width is not None else {}
     criterion = job.method if isinstance(job.method, Criterion) else None  # at sparsity 0 nothing is chosen
-    return UnitStream(
-        job.model, job.structure, job.binding, job.reader, sink, make_method("magnitude"), job.plan, store, job.device,
-        job.compute, job.recipe.seed, reporter, jobs=jobs, criterion=criterion,
-        update=job.recipe.update, saliences=job.choices.saliences,
-    )  # fmt: skip
+    common: dict[str, Any] = {
+        "model": job.model, "structure": job.structure, "binding": job.binding, "source": job.reader, "sink": sink,
+        "method": make_method("magnitude"), "plan": job.plan, "store": store, "device": job.device,
+        "compute_dtype": job.compute, "seed": job.recipe.seed, "reporter": reporter,
+        "jobs": jobs, "criterion": criterion, "update": job.recipe.update, "saliences": job.choices.saliences,
+    }  # fmt: skip
+    trained = reconstruction(job.recipe)
+    if trained is None:
+        return UnitStream(**common)
+    halves = job.recipe.reconstruct == "half-block"
+    return ReconstructingUnitStream(**common, teacher=job.reader, reconstruction=trained, halves=halves)
 
 
 def _weights(job: Job, method: Method, sink: CheckpointSink, store: ActivationStore, reporter: Reporter) -> BlockStream:
