@@ -14,8 +14,19 @@ from secateur.pages.blocks import block_map
 from secateur.pages.commands import command_of, settings_of
 from secateur.pages.fronts import draw_fronts, is_quality, quality_of
 from secateur.pages.inputs import Input
+from secateur.pages.values import (
+    SPEEDUPS,
+    called,
+    dense_on_test,
+    differs,
+    intervals_of,
+    measured_values,
+    relative_speed,
+    take_speed,
+    unshown_speed,
+)
 from secateur.report_result import Comparison, Kind, ReportModel, ReportResult
-from secateur.result import ConvertResult, Measured, PruneResult, RecoverResult
+from secateur.result import ConvertResult, PruneResult, RecoverResult
 from secateur.study_result import StudyResult, Trial
 
 MAPS = 6
@@ -25,13 +36,6 @@ _COPIED = (
     "prefill_tokens_per_second", "decode_tokens_per_second", "decode_tokens_per_second_batch_8",
     "seconds_to_first_token", "joules_per_token", "grams_co2_per_token", "perplexity", "efficiency",
 )  # fmt: skip
-SPEEDUPS = {
-    "decode_tokens_per_second": "decode_speedup", "sentences_per_second": "sentences_speedup",
-    "sentences_per_second_batch_32": "sentences_speedup_batch_32",
-}  # fmt: skip
-"""Value of a model -> what it is called as a multiple of the dense model's."""
-PLACEMENT_NOISE = 0.03
-"""Two processes with the very same file differ by so much; `secateur.measure.compare` says why."""
 DENSE_FORMATS = ("float32", "torch.float32")
 
 
@@ -152,10 +156,12 @@ class Collector:
         recovered = isinstance(found, RecoverResult)
         dense = found.teacher if isinstance(found, RecoverResult) else found.before
         if dense is not None:
-            self._add(source, protocol, ReportModel(f"{title} (dense)", "dense", each.name, _measured(dense, dense)))
+            self._add(
+                source, protocol, ReportModel(f"{title} (dense)", "dense", each.name, measured_values(dense, dense))
+            )
         model = ReportModel(
             each.name, "other" if isinstance(found, ConvertResult) else "pruned", each.name,
-            _measured(found.after, dense), command_of(found, each.name), settings_of(found),
+            measured_values(found.after, dense), command_of(found, each.name), settings_of(found),
         )  # fmt: skip
         model.values["seconds"] = found.seconds
         if "perplexity" not in model.values and not found.after.accuracy:
@@ -185,17 +191,17 @@ class Collector:
                     self._sparsity[numbers[trial.number]] = trial.sparsity
                 elif trial.state in ("failed", "stopped"):
                     self.result.failures.append(
-                        {"origin": name, "trial": _called(trial), "state": trial.state, "reason": trial.reason}
+                        {"origin": name, "trial": called(trial), "state": trial.state, "reason": trial.reason}
                     )
         tested = f"study {study.name}, test: {study.data.get('test') or 'its test text'}"
-        if study.finalists and study.baselines and (beside := _dense_on_test(name, study.baselines[0])) is not None:
+        if study.finalists and study.baselines and (beside := dense_on_test(name, study.baselines[0])) is not None:
             self._add(source, tested, beside)
         for trial in study.finalists:
             model = self._trial(name, trial, dense, baseline=trial.number < 0)
             if trial.number in numbers:  # measured anew were the quality, and the speed where no trial had it
                 known = self.result.models[numbers[trial.number]]
                 model.values = {**{k: v for k, v in known.values.items() if not is_quality(k)}, **model.values}
-                _take_speed(known, model)
+                take_speed(known, model)
             model.name += ", on the test text"
             self._add(source, tested, model)
         self._fastest += [
@@ -219,13 +225,13 @@ class Collector:
         if baseline:
             kind = "dense" if trial.name == "dense" else "quantised"
         values = {name: value for name, value in trial.values.items() if value is not None}
-        _relative_speed(values, dense)
+        relative_speed(values, dense)
         if trial.seconds is not None:
             values.setdefault("seconds", trial.seconds)
-        intervals = _intervals(trial, dense)
-        unshown = [name for name in SPEEDUPS.values() if name in intervals and not _differs(intervals[name])]
+        intervals = intervals_of(trial, dense)
+        unshown = [name for name in SPEEDUPS.values() if name in intervals and not differs(intervals[name])]
         return ReportModel(
-            _called(trial), kind, origin, values, trial.command, dict(trial.settings), trial.meets,
+            called(trial), kind, origin, values, trial.command, dict(trial.settings), trial.meets,
             dict(trial.missing), unshown, intervals,
         )  # fmt: skip
 
@@ -246,10 +252,10 @@ class Collector:
             values = {key: float(getattr(entry, key)) for key in _COPIED if getattr(entry, key) is not None}
             if entry.parameters and entry.nonzero is not None:
                 values["zeros"] = 1 - entry.nonzero / entry.parameters
-            _relative_speed(
+            relative_speed(
                 values, {} if dense is None else {"decode_tokens_per_second": dense.decode_tokens_per_second}
             )
-            unshown = _unshown(bench, entry, dense)
+            unshown = unshown_speed(bench, entry, dense)
             known = self._known(entry, kind, place, source)
             if known is not None:  # the same model: what the folder does not know is added to it
                 own = self.result.models[known]
@@ -328,76 +334,3 @@ def _agree(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
     """Whether two measurements of the dense model can be one: speeds differ from run to run and do not count."""
     keys = ("perplexity", "accuracy", "bytes_disk", "parameters")
     return all(one[key] == other[key] for key in keys if key in one and key in other)
-
-
-def _measured(side: Measured, dense: Measured | None) -> dict[str, float]:
-    names = ("parameters", "nonzero", "sparsity", "bytes_disk", "perplexity", "nll_per_token", "bytes_resident",
-             "decode_tokens_per_second")  # fmt: skip
-    values = {name: float(getattr(side, name)) for name in names if getattr(side, name) is not None}
-    values.update({f"accuracy, {name}": value for name, value in side.accuracy.items()})
-    if side.parameters:
-        values["zeros"] = 1 - side.nonzero / side.parameters
-    _relative_speed(values, {} if dense is None else {"decode_tokens_per_second": dense.decode_tokens_per_second})
-    return values
-
-
-def _take_speed(trial: ReportModel, finalist: ReportModel) -> None:
-    """Speeds that were measured of the finalist only are those of the trial as well: it is the same model."""
-    for name in (one for pair in SPEEDUPS.items() for one in pair):
-        if name in finalist.values and name not in trial.values:
-            trial.values[name] = finalist.values[name]
-            if name in finalist.intervals:
-                trial.intervals[name] = finalist.intervals[name]
-            if name in finalist.unshown:
-                trial.unshown.append(name)
-
-
-def _relative_speed(values: dict[str, float], dense: Mapping[str, float | None]) -> None:
-    for name, title in SPEEDUPS.items():
-        own, base = values.get(name), dense.get(name)
-        if own is not None and base:
-            values[title] = own / base
-
-
-def _dense_on_test(origin: str, dense: Trial) -> ReportModel | None:
-    """The dense model as the finalists were measured, beside what does not hang on the text; None for older results."""
-    start = "test_"
-    values = {name: value for name, value in dense.values.items() if value is not None and not is_quality(name)}
-    found = {name.removeprefix(start): values.pop(name) for name in list(values) if name.startswith(start)}
-    if not found:
-        return None
-    ends = {name.removeprefix(start): span for name, span in dense.intervals.items() if name.startswith(start)}
-    _relative_speed(values, dense.values)
-    title = f"{dense.name}, on the test text"
-    return ReportModel(title, "dense", origin, {**found, **values}, dense.command, intervals=ends)
-
-
-def _intervals(trial: Trial, dense: Mapping[str, float | None]) -> dict[str, list[float]]:
-    """Those of a trial, and of its speeds as multiples of the dense model's."""
-    found = dict(trial.intervals)
-    for name, title in SPEEDUPS.items():
-        if name in found and (base := dense.get(name)):
-            found[title] = [end / base for end in found[name]]
-    return found
-
-
-def _differs(interval: Sequence[float]) -> bool:
-    """Whether a speed is beyond noise: its interval, and the placement of two models in memory."""
-    return interval[0] > 1 + PLACEMENT_NOISE or interval[1] < 1 - PLACEMENT_NOISE
-
-
-def _unshown(bench: BenchResult, entry: Quantities, dense: Quantities | None) -> list[str]:
-    """What a benchmark showed no difference in, between its own model and the dense one."""
-    if entry is not bench or dense is None:
-        return []
-    ratio = bench.ratio.get(dense.label, {})
-    speed = ratio.get("decode_tokens_per_second")
-    return ["decode_speedup"] if speed is not None and not speed.differs else []
-
-
-def _called(trial: Trial) -> str:
-    """Number and settings of a trial, or the name of a baseline."""
-    if trial.number < 0:
-        return trial.name or f"baseline {trial.number}"
-    told = " ".join(str(value) for value in trial.settings.values() if value not in (None, "", [], False))
-    return f"{trial.number}: {told}" if told else str(trial.number)
