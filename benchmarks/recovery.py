@@ -38,7 +38,7 @@ BUDGET = "budget 80%"
 LONG_WAYS = {
     "sparsegpt": {"full kd": LONG, "full lm": LONG, "full kd+lm": HALF, "blocks": LONG},
     "sparsegpt 2:4": {"full kd": LONG, "full kd+lm": HALF, "blocks": LONG},
-    BUDGET: {"lora kd": HALF, "full kd+lm": HALF},
+    BUDGET: {"lora kd": LONG, "full kd+lm": HALF},
 }
 TIMED_WAYS = ("full kd+hidden", "lora kd")
 """Those whose token takes clearly more or less time than one of full kd; others learn about as many."""

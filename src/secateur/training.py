@@ -41,7 +41,7 @@ class Training:
     """Budget in minutes of training, turned into steps by a measurement before it starts. The steps alone are counted:
     asking the teacher, loading, verifying and measuring come on top."""
     learning_rate: float | None = None
-    """Peak learning rate (full 4e-4, blocks 4e-4, else 1e-3)."""
+    """Peak learning rate (full 4e-4, blocks 4e-4, lora 3e-3, else 1e-3)."""
     batch_size: int | None = None
     """Sequences of an optimiser step in each process (1; 2 for blocks; 16 for labelled texts)."""
     sequence_length: int | None = None

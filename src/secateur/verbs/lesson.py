@@ -32,7 +32,7 @@ from secateur.verbs.teacher import Teacher, find_teacher, is_classifier
 
 Task = Literal["language", "labels", "features"]
 
-RATES = {"full": 4e-4, "lora": 1e-3, "norms-and-biases": 1e-3, "blocks": 4e-4, "adapter-moe": 1e-3}
+RATES = {"full": 4e-4, "lora": 3e-3, "norms-and-biases": 1e-3, "blocks": 4e-4, "adapter-moe": 1e-3}
 LABEL_RATES = {"full": 3e-5, "lora": 3e-4, "norms-and-biases": 1e-3}
 EPOCHS = 4
 """The most times that --mode blocks goes through a text when no budget is given."""
