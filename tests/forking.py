@@ -36,12 +36,15 @@ said = {before!r} + sys.argv[1:]
 code = len(said) > 1 and said[0] == "-c" and "multiprocessing" not in said[1]  # which hands over files by their numbers
 if not (code or said[:1] == ["-m"] or said[:1] == ["-P"] and said[1:] and os.path.isfile(said[1])):
     os.execv({python!r}, [{python!r}, *said])
-while not os.path.exists({address!r}):
-    if os.path.exists({address!r} + ".failed"):
-        sys.exit(open({address!r} + ".failed").read())
-    time.sleep(0.05)
-link = socket.socket(socket.AF_UNIX)
-link.connect({address!r})
+for _ in range(6000):
+    link = socket.socket(socket.AF_UNIX)
+    try:
+        link.connect({address!r})
+        break
+    except OSError:  # it still imports
+        if os.path.exists({address!r} + ".failed"):
+            sys.exit(open({address!r} + ".failed").read())
+        time.sleep(0.05)
 body = json.dumps([said, os.getcwd(), dict(os.environ)]).encode()
 link.sendmsg([len(body).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0, 1, 2]))])
 link.sendall(body)

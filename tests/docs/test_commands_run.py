@@ -12,7 +12,8 @@ import pytest
 
 from tests.docs.fences import DOCUMENTS, ROOT, Fence, fences
 from tests.forking import Forking
-from tests.models import byte_tokenizer, save_tiny
+from tests.formats.tokenizers import ROWS, byte_level
+from tests.models import save_tiny
 
 RUN = {"bash", "python"}
 STAND_IN = "models/demo"
@@ -63,8 +64,8 @@ def test_a_command_that_fails_is_seen_to_fail(commands, tmp_path):
 @pytest.fixture
 def workplace(tmp_path, commands):
     """A folder with the stand-in, and commands `secateur` and `python` that are those of this test run."""
-    save_tiny(tmp_path / STAND_IN, "llama")
-    byte_tokenizer().save_pretrained(tmp_path / STAND_IN)  # one that every format can hold
+    save_tiny(tmp_path / STAND_IN, "llama", vocab_size=ROWS)
+    byte_level().save_pretrained(tmp_path / STAND_IN)  # one that every format can hold, and that makes texts short
     (tmp_path / "commands").mkdir()
     for name, command in commands.items():
         (tmp_path / "commands" / name).symlink_to(command)
