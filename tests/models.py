@@ -269,20 +269,3 @@ def calibration_for(family: str, *, rows: int = 24, length: int = 32, seed: int 
     if family == "vit":
         return [{"pixel_values": torch.randn(4, 3, 32, 32, generator=generator)} for _ in range(6)]
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
-
-
-def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """The same for what must be byte-level and have merges, as GGUF must: ASCII but for ``~~`` is one token a byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda letter: (ord(letter) - 33) % 512)
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2}
-    for letter in ["Ġ", "Ċ", *(letter for letter in letters if letter not in "ĠĊ")][: VOCABULARY - 4]:
-        vocabulary[letter] = len(vocabulary)
-    vocabulary["~~"] = len(vocabulary)
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("~", "~")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
-    )

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import os
+import pickle
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 
 from secateur.errors import SecateurError
 from secateur.processes import leave_group
 
+ROOT = Path(__file__).parents[1]
 WAIT = 400
 
 
@@ -38,11 +41,9 @@ def free_port() -> int:
     raise RuntimeError(f"no free port from {first} on")
 
 
-def _child(rank: int, count: int, port: int, target: Callable[..., None], args: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+def run_as_one_of_them() -> NoReturn:
+    """Run in a child what comes in on stdin."""
+    target, args = pickle.loads(sys.stdin.buffer.read())
     torch.set_num_threads(1)
     status = 0
     try:
@@ -50,7 +51,7 @@ def _child(rank: int, count: int, port: int, target: Callable[..., None], args: 
         leave_group()
     except SecateurError as error:
         if not error.told:
-            sys.stderr.write(f"process {rank} told: {error.message}\n")
+            sys.stderr.write(f"process {os.environ['RANK']} told: {error.message}\n")
         status = error.exit_code
     except BaseException:  # noqa: BLE001 - a child has nobody else to tell
         traceback.print_exc()
@@ -58,20 +59,34 @@ def _child(rank: int, count: int, port: int, target: Callable[..., None], args: 
     sys.exit(status)
 
 
-def run_together(count: int, target: Callable[..., None], *args: Any) -> list[int | None]:
+def run_together(python: str, count: int, target: Callable[..., None], *args: Any) -> list[int | None]:
     """Run ``target`` in ``count`` processes; their exit statuses, None for one that did not end in time.
 
     They start anew: a fork of a process that has trained before crashes now and then.
+
+    Args:
+        python: the interpreter, or what stands in for it (`forking.executable`).
     """
-    context, port = multiprocessing.get_context("spawn"), free_port()
-    children = [context.Process(target=_child, args=(rank, count, port, target, args)) for rank in range(count)]
+    code = "from tests.processes import run_as_one_of_them; run_as_one_of_them()"
+    common = {
+        **os.environ, "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'src'}",
+    }  # fmt: skip
+    children = []
+    for rank in range(count):
+        environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        child = subprocess.Popen([python, "-c", code], stdin=subprocess.PIPE, env=environment)
+        assert child.stdin is not None
+        with child.stdin as stdin:
+            stdin.write(pickle.dumps((target, args)))
+        children.append(child)
     for child in children:
-        child.start()
-    for child in children:
-        child.join(WAIT)
-    statuses = [child.exitcode for child in children]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(WAIT)
+    statuses = [child.poll() for child in children]
     for child in children:
         child.kill()
+        child.wait()
     return statuses
 
 

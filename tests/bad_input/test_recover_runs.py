@@ -28,6 +28,7 @@ from secateur.errors import (
 )
 from secateur.verbs import teach
 from tests.bad_input.recovering import refused, text
+from tests.forking import Forking
 from tests.models import save_tiny, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -108,7 +109,7 @@ def test_disk_that_is_too_small(root: Path, tmp_path: Path, monkeypatch: pytest.
     secateur.recover(root / "dense-pruned", tmp_path / "out", evaluate=False, verify=False, **told)
 
 
-def test_disk_that_fills_while_it_trains(root: Path, tmp_path: Path) -> None:
+def test_disk_that_fills_while_it_trains(root: Path, forking: Forking, tmp_path: Path) -> None:
     """No file may grow past the weights: the optimiser's state cannot be written, and what was kept can be resumed."""
     pruned, out = root / "dense-pruned", tmp_path / "out"
     limit = 3 * (pruned / "model.safetensors").stat().st_size // 2
@@ -120,7 +121,7 @@ def test_disk_that_fills_while_it_trains(root: Path, tmp_path: Path) -> None:
     told += ["--sequence-length", "32", "--save-minutes", "1e-9", "--no-evaluate", "--no-verify"]
 
     def run(most: int, *more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", program, str(most), *told, *more]
+        command = [forking.executable, "-c", program, str(most), *told, *more]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     full = run(limit)

@@ -25,6 +25,7 @@ from secateur.pages.inputs import read_inputs
 from tests.converting.models import logits
 from tests.models import calibration_for, save_tiny, tiny_model
 
+FRESH_INTERPRETERS = True  # there secateur comes after transformers, and before its registries
 FAMILIES = ["llama", "gpt2", "falcon"]  # a gate; biases and turned matrices; a bias-free one without a gate
 
 

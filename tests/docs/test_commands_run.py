@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.docs.fences import DOCUMENTS, ROOT, Fence, fences
-from tests.docs.forking import server
-from tests.models import byte_tokenizer, save_tiny
+from tests.forking import Forking
+from tests.formats.tokenizers import ROWS, byte_level
+from tests.models import save_tiny
 
 RUN = {"bash", "python"}
 STAND_IN = "models/demo"
 """A folder with the name of the demo model, so that folders named after the model keep their names."""
+
+VERBS = ("allocate", "bench", "convert", "evaluate", "export", "generate", "inspect", "prune", "recover", "report")
+IMPORTED = ["secateur.cli.app", *(f"secateur.verbs.{verb}" for verb in VERBS), "peft", "codecarbon"]
+"""What the commands find imported, beside the libraries."""
 
 
 def runnable(document: Path) -> list[Fence]:
@@ -42,28 +46,29 @@ def test_the_readme_has_commands_that_are_run():
 
 
 @pytest.fixture(scope="module")
-def command():
-    """The file `secateur`, which runs each command line in a process of its own."""
-    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as script:  # a socket wants a short path
-        yield script
+def commands(forking):
+    """`secateur` and `python`, which run each command line in a process of its own."""
+    libraries = Path(forking.executable)
+    with tempfile.TemporaryDirectory() as folder, Forking(Path(folder), IMPORTED, libraries) as server:
+        yield {"secateur": server.command("secateur", "-m", "secateur"), "python": libraries}
 
 
-def test_a_command_that_fails_is_seen_to_fail(command, tmp_path):
-    done = subprocess.run([command, "inspect", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_a_command_that_fails_is_seen_to_fail(commands, tmp_path):
+    done = subprocess.run(
+        [commands["secateur"], "inspect", "nowhere"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "nowhere" in done.stderr
 
 
 @pytest.fixture
-def workplace(tmp_path, command):
+def workplace(tmp_path, commands):
     """A folder with the stand-in, and commands `secateur` and `python` that are those of this test run."""
-    save_tiny(tmp_path / STAND_IN, "llama")
-    byte_tokenizer().save_pretrained(tmp_path / STAND_IN)  # one that every format can hold
-    commands = tmp_path / "commands"
-    commands.mkdir()
-    (commands / "secateur").symlink_to(command)
-    (commands / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (commands / "python").chmod(0o755)
+    save_tiny(tmp_path / STAND_IN, "llama", vocab_size=ROWS)
+    byte_level().save_pretrained(tmp_path / STAND_IN)  # one that every format can hold, and that makes texts short
+    (tmp_path / "commands").mkdir()
+    for name, command in commands.items():
+        (tmp_path / "commands" / name).symlink_to(command)
     return tmp_path
 
 
@@ -83,6 +88,8 @@ def test_the_commands_run_as_written(document, workplace):
             (workplace / named[1]).write_text(body, encoding="utf-8")
         if fence.language not in RUN or fence.not_run:
             continue
-        command = ["bash", "-euo", "pipefail", "-c", body] if fence.language == "bash" else [sys.executable, "-c", body]
-        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+        command = ["bash", "-euo", "pipefail", "-c"] if fence.language == "bash" else ["python", "-c"]
+        done = subprocess.run(
+            [*command, body], cwd=workplace, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{body}\n{done.stdout}\n{done.stderr}"

@@ -21,6 +21,7 @@ from secateur.verbs.export import export
 from tests.models import save_tiny, tiny_model, tiny_tokenizer
 from tests.oracles.sparse_reader import read_folder, read_tensors
 
+FRESH_INTERPRETERS = True  # there secateur comes after transformers, and before its registries
 IDS = torch.arange(3, 35).reshape(2, 16)
 
 

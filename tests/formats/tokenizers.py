@@ -24,6 +24,11 @@ def _text() -> str:
 
 def byte_level(name: str = "gpt-2") -> transformers.PreTrainedTokenizerFast:
     """Byte-level BPE with the pre-tokenizer of a name of llama.cpp's."""
+    return _wrapped(_byte_level(name))
+
+
+@functools.cache
+def _byte_level(name: str) -> str:
     known = next(known for known in KNOWN if known.name == name)
     steps: list[Any] = []
     for step in known.steps:
@@ -41,11 +46,16 @@ def byte_level(name: str = "gpt-2") -> transformers.PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([_text()], trainer)
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
-    return _wrapped(tokenizer)
+    return tokenizer.to_str()
 
 
 def sentencepiece(*, prefix: bool = True) -> transformers.PreTrainedTokenizerFast:
     """SentencePiece-like BPE with bytes to fall back to; ``prefix`` puts a space before a text, as Llama 2 does."""
+    return _wrapped(_sentencepiece(prefix))
+
+
+@functools.cache
+def _sentencepiece(prefix: bool) -> str:
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
@@ -69,12 +79,17 @@ def sentencepiece(*, prefix: bool = True) -> transformers.PreTrainedTokenizerFas
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", vocabulary["<s>"])])
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("▁▁", "\n\n", "<tool>")])  # as in Gemma
-    return _wrapped(tokenizer)
+    return tokenizer.to_str()
 
 
-def _wrapped(tokenizer: Tokenizer) -> transformers.PreTrainedTokenizerFast:
+def _wrapped(trained: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer of one's own, out of the JSON of one that was trained once."""
     wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+        tokenizer_object=Tokenizer.from_str(trained),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
     )
     wrapped.chat_template = CHAT
     return wrapped

@@ -1,5 +1,6 @@
 """Every variant of the kernels against products in float64 and against the unpacking of PyTorch."""
 
+import functools
 import itertools
 import os
 import subprocess
@@ -28,8 +29,9 @@ def variant(request):
     kernels.use(None)
 
 
+@functools.cache
 def packed(kind, rows, columns, layout, density=0.5, bias=True, seed=0):
-    """A random matrix: entry, tensors, description, its numbers in float64, bias."""
+    """A random matrix, one for all variants: entry, tensors, description, its numbers in float64, bias, starts."""
     bits, group_size, dtype = layout
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)

@@ -21,6 +21,8 @@ from secateur.measure import compare
 from secateur.measure.compare import Worker, interval_of_ratios, measure_pair
 from tests.models import save_tiny, tiny_model, tiny_tokenizer
 
+FRESH_INTERPRETERS = True
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -77,9 +77,9 @@ def _all_of(folder: Path):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
+def ranks(forking, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    assert run_together(COUNT, _all_of, folder) == [0] * COUNT
+    assert run_together(forking.executable, COUNT, _all_of, folder) == [0] * COUNT
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(COUNT)]
 
 

@@ -23,6 +23,7 @@ from secateur.recovery.objectives import LanguageObjective
 from secateur.recovery.parts import in_parts, whole
 from secateur.recovery.trainer import Tell, last_checkpoint
 from secateur.verbs import teach
+from tests.forking import Forking
 from tests.models import save_tiny
 from tests.processes import divide_on_cpu, run_together
 
@@ -121,10 +122,10 @@ def _stopped_and_resumed(root: Path, out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def together(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def together(root: Path, forking: Forking, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     os.environ["SECATEUR_CACHE"] = str(root / "cache")
-    assert run_together(COUNT, _all_ways, root, folder) == [0] * COUNT
+    assert run_together(forking.executable, COUNT, _all_ways, root, folder) == [0] * COUNT
     return folder
 
 
@@ -191,16 +192,16 @@ def _resumed(root: Path, folder: Path) -> None:
     _recover(root, folder / "out", family="gpt2", save_minutes=1e-9, resume=True)
 
 
-def test_killed_and_resumed_is_the_uninterrupted_run(root: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_the_uninterrupted_run(root: Path, forking: Forking, tmp_path: Path) -> None:
     """GPT-2 has dropout, so that random numbers of each process count."""
-    first, second = run_together(COUNT, _whole_and_killed, root, tmp_path)
+    first, second = run_together(forking.executable, COUNT, _whole_and_killed, root, tmp_path)
     assert first == -signal.SIGKILL
     assert second not in (0, None)
     assert last_checkpoint(tmp_path / "out.partial" / "trainer") is not None
     assert not (tmp_path / "out").exists()
     with pytest.raises(OutputError, match="processes was 2, now 1"):
         _recover(root, tmp_path / "out", family="gpt2", save_minutes=1e-9, resume=True)
-    assert run_together(COUNT, _resumed, root, tmp_path) == [0] * COUNT
+    assert run_together(forking.executable, COUNT, _resumed, root, tmp_path) == [0] * COUNT
     expected, made = _weights(tmp_path / "whole"), _weights(tmp_path / "out")
     assert all(torch.equal(made[name], weight) for name, weight in expected.items())
     assert not (tmp_path / "out.partial").exists()
@@ -247,9 +248,10 @@ def _breaks_in_one(root: Path, folder: Path) -> None:
     ids=["before", "loss", "broken"],
 )
 def test_an_error_in_one_process_ends_all(
-    what: Any, statuses: list[int], told: list[str], kept: bool, root: Path, tmp_path: Path, capfd: Any
-) -> None:
-    assert run_together(COUNT, what, root, tmp_path) == statuses
+    what: Any, statuses: list[int], told: list[str], kept: bool, root: Path, forking: Forking, tmp_path: Path,
+    capfd: Any,
+) -> None:  # fmt: skip
+    assert run_together(forking.executable, COUNT, what, root, tmp_path) == statuses
     said = capfd.readouterr().err
     for words in told:
         assert words in said
@@ -272,8 +274,8 @@ def _minutes(root: Path, folder: Path) -> None:
     assert result.training["tokens"] == 3 * COUNT * 2 * 32
 
 
-def test_minutes_are_measured_by_the_first(root: Path, tmp_path: Path) -> None:
-    assert run_together(COUNT, _minutes, root, tmp_path) == [0] * COUNT
+def test_minutes_are_measured_by_the_first(root: Path, forking: Forking, tmp_path: Path) -> None:
+    assert run_together(forking.executable, COUNT, _minutes, root, tmp_path) == [0] * COUNT
 
 
 def test_the_launcher(root: Path, tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from secateur.errors import Interrupted, VerificationError
 from secateur.progress import Reporter
 from tests.models import calibration_for, save_tiny
 
+FRESH_INTERPRETERS = True
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
