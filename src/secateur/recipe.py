@@ -202,9 +202,9 @@ class Recipe:
                 "kv-groups and heads cannot go in one run: both cut the same output projection",
                 hint="choose one, or prune the result once more",
             )
-        if "hidden" in self.structure and len(self.structure) > 1:
+        if "hidden" in self.structure and {*self.structure} - {"hidden", "heads", "kv-groups"}:
             raise RecipeError(
-                "structure hidden goes alone: every other unit is tied to the hidden channels",
+                "structure hidden goes alone, or with heads or kv-groups in proportion",
                 hint="prune twice: first the one, then the other on the result",
             )
         if self.depth_by not in DEPTH_WAYS:
