@@ -77,7 +77,7 @@ def _prove(
 
     def louder(name: str, tensor: Tensor) -> Tensor:
         # An epsilon in a norm, which counts for more where all channels are divided by, must not matter.
-        return tensor * (0.3 * channels.before**0.5) if name in channels.embeddings else tensor
+        return tensor * channels.before**0.5 if name in channels.embeddings else tensor
 
     def zeroed(name: str, tensor: Tensor) -> Tensor:
         made = louder(own(name), tensor.clone())
