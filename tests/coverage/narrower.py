@@ -1,0 +1,217 @@
+"""The dense model with hidden channels and heads at zero, holding the weights of a model that has them no more.
+
+Which rows belong to which unit is not asked of the product. A tensor with fewer rows is put back by the few orders in
+which rows are stored, until one makes both models answer alike; with the columns of all units that went, and everything
+of the channels that went, at zero, no wrong order could.
+
+Norms over the channels, and embeddings that multiply by their width, are run on the channels that stay: that is what a
+narrower model is. The channels that went must be zero wherever such a module gets them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.engine.blocks import MatrixSpec, find_structure
+from secateur.result import PruneResult
+from tests.coverage.tiny import answer
+
+
+class NotAtZeroError(Exception):
+    """Something is left of what went."""
+
+
+class NotPlacedError(Exception):
+    """It is not known where a tensor's slices were."""
+
+
+def answers(
+    dense: nn.Module, small: nn.Module, result: PruneResult, inputs: dict[str, Tensor]
+) -> Iterator[Tensor]:
+    """What the dense model answers so changed, for each order in which rows may be stored.
+
+    Raises:
+        NotAtZeroError: when a removed channel comes to a norm with another value.
+        NotPlacedError: when no order fits a tensor.
+    """
+    places = _Places(dense, small, result)
+    original = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    for order in itertools.product(range(_ORDERS), range(2)):
+        try:
+            made = {name: places.back(name, *order) for name in original}
+        except NotPlacedError:
+            if order == (_ORDERS - 1, 1):
+                raise
+            continue
+        dense.load_state_dict(made, strict=True)
+        with _on_what_stays(dense, small, places):
+            found = answer(dense, inputs)
+        narrow = len(places.keep)
+        yield found[..., places.keep] if found.shape[-1] == places.width and _last(small, inputs) == narrow else found
+
+
+def _last(small: nn.Module, inputs: dict[str, Tensor]) -> int:
+    return answer(small, inputs).shape[-1]
+
+
+_ORDERS = 4
+
+
+class _Places:
+    """Where the slices of each tensor of the smaller model were in the dense one."""
+
+    def __init__(self, dense: nn.Module, small: nn.Module, result: PruneResult) -> None:
+        self.before, self.after = dense.state_dict(), small.state_dict()
+        if self.before.keys() != self.after.keys():
+            raise NotPlacedError("the smaller model has other tensors")
+        self.blocks = [block.name for block in find_structure(dense).blocks]
+        self.specs: dict[str, MatrixSpec] = {spec.name: spec for spec in find_structure(dense).matrices}
+        self.modules = {spec.module: spec for spec in self.specs.values()}
+        self.keep = torch.tensor(result.channels_kept)
+        self.units = {one.name: torch.tensor(one.units) for one in result.matrices if one.units is not None}
+        if not self.units:
+            raise NotAtZeroError("no units went along")
+        counts = {self.specs[name].out_features for name in self.units
+                  if self._rows(name, self.after) == len(self.keep)}  # fmt: skip
+        if len(counts) != 1:
+            raise NotPlacedError("the hidden size is not one number")
+        self.width = counts.pop()
+
+    def _rows(self, name: str, state: dict[str, Tensor]) -> int:
+        return state[name].shape[1 if self.specs[name].transposed else 0]
+
+    def columns(self, name: str) -> tuple[int, int]:
+        """Units of a consumer in the dense model, and columns of each."""
+        dim = 0 if self.specs[name].transposed else 1
+        each, rest = divmod(self.after[name].shape[dim], len(self.units[name]))
+        total, other = divmod(self.before[name].shape[dim], max(each, 1))
+        if rest or other or not len(self.units[name]) < total:
+            raise NotPlacedError(f"{name} has other columns than {len(self.units[name])} units")
+        return total, each
+
+    def hidden(self, name: str) -> bool:
+        """Whether a vector lies along the hidden channels."""
+        was, now = self.before[name].shape, self.after[name].shape
+        owner = name.rpartition(".")[0]
+        spec = self.modules.get(owner)
+        both = spec is not None and self._both(spec.name) and spec.name not in self.units
+        return (*was, *now) == (self.width, len(self.keep)) and not both
+
+    def _both(self, name: str) -> bool:
+        was, now = self.before[name].shape, self.after[name].shape
+        return all(a != b for a, b in zip(was, now, strict=True))
+
+    def back(self, name: str, order: int, stacked: int) -> Tensor:
+        """A tensor of the smaller model in the dense one's shape, zero where something went."""
+        made = self.after[name]
+        for dim in range(made.ndim):
+            size = self.before[name].shape[dim]
+            if size == made.shape[dim]:
+                continue
+            index = self._index(name, dim, size, made.shape[dim], order, stacked)
+            if len(index) != made.shape[dim]:
+                raise NotPlacedError(f"{name}: {made.shape[dim]} of {size} along {dim}")
+            grown = made.new_zeros((*made.shape[:dim], size, *made.shape[dim + 1 :]))
+            made = grown.index_copy_(dim, index, made)
+        return made
+
+    def _index(self, name: str, dim: int, size: int, now: int, order: int, stacked: int) -> Tensor:
+        spec = self.specs.get(name) or self.modules.get(name.rpartition(".")[0])
+        whole = (size, now) == (self.width, len(self.keep))
+        if name in self.units:
+            reads = dim == (0 if self.specs[name].transposed else 1)
+            if not reads:
+                return self.keep
+            total, each = self.columns(name)
+            return torch.arange(total * each).reshape(total, each)[self.units[name]].reshape(-1)
+        if name in self.specs and self._both(name):
+            if dim == (0 if self.specs[name].transposed else 1):
+                return self.keep
+        elif whole and (spec is None or spec.name == name or spec.name in self.units or not self._both(spec.name)):
+            return self.keep
+        return self._of_units(name, size, now, order, stacked)
+
+    def _of_units(self, name: str, size: int, now: int, order: int, stacked: int) -> Tensor:
+        """Rows of the units that stay, for the consumer that is nearest by its path; of several, that with most units."""
+        best: tuple[int, int, str] | None = None
+        block = next((one for one in self.blocks if name.startswith(f"{one}.")), "")
+        for consumer in self.units:
+            total, each = self.columns(consumer)
+            if not consumer.startswith(block) or not _indices(size, now, total, each, self.units[consumer], order, stacked):
+                continue
+            ours, theirs = name.split("."), consumer.split(".")
+            shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+            best = max(best or (-1, 0, ""), (shared, total, consumer))
+        if best is None:
+            raise NotPlacedError(f"{name}: {now} of {size} are no number of units")
+        total, each = self.columns(best[2])
+        return _indices(size, now, total, each, self.units[best[2]], order, stacked)[0]
+
+
+def _indices(
+    size: int, now: int, total: int, each: int, stay: Tensor, order: int, stacked: int
+) -> list[Tensor]:
+    """The rows of units that stay, in one of the usual orders; empty where that order does not fit."""
+    number = torch.arange(size)
+    share = len(stay) * size % total == 0 and len(stay) * size // total == now
+    if share and size % total == 0:
+        for parts in (3, 2):
+            if stacked and order in (0, parts - 1) and size % (parts * total) == 0:
+                return [number.reshape(parts, total, -1)[:, stay].reshape(-1)]
+        if order == 3 and stacked and size % each == 0 and size // each > total:  # queries, keys and values of groups
+            shared = (size - total * each) // 2
+            if shared and shared % total == 0:
+                query, key, value = number.split([total * each, shared, shared])
+                return [torch.cat([part.reshape(total, -1)[stay].reshape(-1) for part in (query, key, value)])]
+        return [number.reshape(total, -1)[stay].reshape(-1)]
+    if size - now == (total - len(stay)) * each and size > total * each:  # query heads, keys and values stay
+        query, rest = number[: total * each], number[total * each :]
+        return [torch.cat([query.reshape(total, each)[stay].reshape(-1), rest])]
+    return []
+
+
+@contextmanager
+def _on_what_stays(dense: nn.Module, small: nn.Module, places: _Places) -> Iterator[None]:
+    """While it lasts, norms over the channels and embeddings run as those of the smaller model, zero where channels went."""
+    keep, width = places.keep, places.width
+    gone = torch.ones(width, dtype=torch.bool)
+    gone[keep] = False
+
+    def grown(made: Tensor) -> Tensor:
+        return made.new_zeros((*made.shape[:-1], width)).index_copy_(-1, keep, made)
+
+    def norm(narrow: nn.Module, path: str) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if bool((x[..., gone] != 0).any()):
+                raise NotAtZeroError(f"channels that went are not zero at {path}")
+            return grown(narrow(x[..., keep], *args, **kwargs))
+
+        return forward
+
+    def embedding(narrow: nn.Module) -> Any:
+        return lambda *args, **kwargs: grown(narrow(*args, **kwargs))
+
+    changed = []
+    for path, module in dense.named_modules():
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        names = [f"{path}.{name}" for name in own]
+        if not own or path in places.modules:
+            continue
+        if all(name in places.before and places.hidden(name) for name in names):
+            module.forward = norm(small.get_submodule(path), path)
+            changed.append(module)
+        elif isinstance(module, nn.Embedding) and places.before[names[0]].shape[-1] != places.after[names[0]].shape[-1]:
+            if (module.weight.shape[-1], places.after[names[0]].shape[-1]) == (width, len(keep)):
+                module.forward = embedding(small.get_submodule(path))
+                changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
