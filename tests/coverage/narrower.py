@@ -10,7 +10,6 @@ narrower model is. The channels that went must be zero wherever such a module ge
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,9 +30,7 @@ class NotPlacedError(Exception):
     """It is not known where a tensor's slices were."""
 
 
-def answers(
-    dense: nn.Module, small: nn.Module, result: PruneResult, inputs: dict[str, Tensor]
-) -> Iterator[Tensor]:
+def answers(dense: nn.Module, small: nn.Module, result: PruneResult, inputs: dict[str, Tensor]) -> Iterator[Tensor]:
     """What the dense model answers so changed, for each order in which rows may be stored.
 
     Raises:
@@ -41,33 +38,34 @@ def answers(
         NotPlacedError: when no order fits a tensor.
     """
     places = _Places(dense, small, result)
-    original = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    for order in itertools.product(range(_ORDERS), range(2)):
+    last = answer(small, inputs).shape[-1]
+    problem: NotPlacedError | None = None
+    fits = False
+    for order in range(_ORDERS):
         try:
-            made = {name: places.back(name, *order) for name in original}
-        except NotPlacedError:
-            if order == (_ORDERS - 1, 1):
-                raise
+            made = {name: places.back(name, order) for name in places.before}
+        except NotPlacedError as error:
+            problem = problem or error
             continue
+        fits = True
         dense.load_state_dict(made, strict=True)
         with _on_what_stays(dense, small, places):
             found = answer(dense, inputs)
-        narrow = len(places.keep)
-        yield found[..., places.keep] if found.shape[-1] == places.width and _last(small, inputs) == narrow else found
+        yield found[..., places.keep] if found.shape[-1] == places.width and last == len(places.keep) else found
+    if problem is not None and not fits:
+        raise problem
 
 
-def _last(small: nn.Module, inputs: dict[str, Tensor]) -> int:
-    return answer(small, inputs).shape[-1]
-
-
-_ORDERS = 4
+_ORDERS = 5
+"""Unit by unit; two or three parts with all units each; queries, keys, values of groups; queries, then the rest."""
 
 
 class _Places:
     """Where the slices of each tensor of the smaller model were in the dense one."""
 
     def __init__(self, dense: nn.Module, small: nn.Module, result: PruneResult) -> None:
-        self.before, self.after = dense.state_dict(), small.state_dict()
+        self.before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+        self.after = small.state_dict()
         if self.before.keys() != self.after.keys():
             raise NotPlacedError("the smaller model has other tensors")
         self.blocks = [block.name for block in find_structure(dense).blocks]
@@ -82,6 +80,16 @@ class _Places:
         if len(counts) != 1:
             raise NotPlacedError("the hidden size is not one number")
         self.width = counts.pop()
+        for path, module in dense.named_modules():
+            if isinstance(module, nn.Embedding) and self.hidden_columns(f"{path}.weight"):
+                self._check_table(f"{path}.weight")
+
+    def _check_table(self, name: str) -> None:
+        """An embedding is what it was in the channels that stay, up to one factor."""
+        was, now = self.before[name][:, self.keep].double(), self.after[name].double()
+        factor = (was * now).sum() / was.square().sum().clamp_min(1e-30)
+        if not factor > 0 or float((now - factor * was).abs().max()) > 1e-5 * float(now.abs().max()):
+            raise NotAtZeroError(f"{name} holds other numbers than before")
 
     def _rows(self, name: str, state: dict[str, Tensor]) -> int:
         return state[name].shape[1 if self.specs[name].transposed else 0]
@@ -103,25 +111,29 @@ class _Places:
         both = spec is not None and self._both(spec.name) and spec.name not in self.units
         return (*was, *now) == (self.width, len(self.keep)) and not both
 
+    def hidden_columns(self, name: str) -> bool:
+        """Whether the rows of a table lie along the hidden channels."""
+        return (self.before[name].shape[-1], self.after[name].shape[-1]) == (self.width, len(self.keep))
+
     def _both(self, name: str) -> bool:
         was, now = self.before[name].shape, self.after[name].shape
         return all(a != b for a, b in zip(was, now, strict=True))
 
-    def back(self, name: str, order: int, stacked: int) -> Tensor:
+    def back(self, name: str, order: int) -> Tensor:
         """A tensor of the smaller model in the dense one's shape, zero where something went."""
         made = self.after[name]
         for dim in range(made.ndim):
             size = self.before[name].shape[dim]
             if size == made.shape[dim]:
                 continue
-            index = self._index(name, dim, size, made.shape[dim], order, stacked)
+            index = self._index(name, dim, size, made.shape[dim], order)
             if len(index) != made.shape[dim]:
                 raise NotPlacedError(f"{name}: {made.shape[dim]} of {size} along {dim}")
             grown = made.new_zeros((*made.shape[:dim], size, *made.shape[dim + 1 :]))
             made = grown.index_copy_(dim, index, made)
         return made
 
-    def _index(self, name: str, dim: int, size: int, now: int, order: int, stacked: int) -> Tensor:
+    def _index(self, name: str, dim: int, size: int, now: int, order: int) -> Tensor:
         spec = self.specs.get(name) or self.modules.get(name.rpartition(".")[0])
         whole = (size, now) == (self.width, len(self.keep))
         if name in self.units:
@@ -135,50 +147,44 @@ class _Places:
                 return self.keep
         elif whole and (spec is None or spec.name == name or spec.name in self.units or not self._both(spec.name)):
             return self.keep
-        return self._of_units(name, size, now, order, stacked)
+        return self._of_units(name, size, now, order)
 
-    def _of_units(self, name: str, size: int, now: int, order: int, stacked: int) -> Tensor:
-        """Rows of the units that stay, for the consumer that is nearest by its path; of several, that with most units."""
-        best: tuple[int, int, str] | None = None
+    def _of_units(self, name: str, size: int, now: int, order: int) -> Tensor:
+        """Rows of the units that stay, for the consumer that is nearest by its path; of several, the one with most."""
         block = next((one for one in self.blocks if name.startswith(f"{one}.")), "")
-        for consumer in self.units:
+        best: tuple[int, int, str] | None = None
+        found = torch.zeros(0)
+        for consumer in (one for one in self.units if one.startswith(block)):
             total, each = self.columns(consumer)
-            if not consumer.startswith(block) or not _indices(size, now, total, each, self.units[consumer], order, stacked):
-                continue
+            index = _rows_of_units(size, total, each, self.units[consumer], order)
             ours, theirs = name.split("."), consumer.split(".")
             shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
-            best = max(best or (-1, 0, ""), (shared, total, consumer))
+            if index is not None and len(index) == now and (best is None or (shared, total, consumer) > best):
+                best, found = (shared, total, consumer), index
         if best is None:
             raise NotPlacedError(f"{name}: {now} of {size} are no number of units")
-        total, each = self.columns(best[2])
-        return _indices(size, now, total, each, self.units[best[2]], order, stacked)[0]
+        return found
 
 
-def _indices(
-    size: int, now: int, total: int, each: int, stay: Tensor, order: int, stacked: int
-) -> list[Tensor]:
-    """The rows of units that stay, in one of the usual orders; empty where that order does not fit."""
+def _rows_of_units(size: int, total: int, each: int, stay: Tensor, order: int) -> Tensor | None:
+    """The rows of units that stay: unit by unit, or in one of the usual orders where it fits; None where none does."""
     number = torch.arange(size)
-    share = len(stay) * size % total == 0 and len(stay) * size // total == now
-    if share and size % total == 0:
-        for parts in (3, 2):
-            if stacked and order in (0, parts - 1) and size % (parts * total) == 0:
-                return [number.reshape(parts, total, -1)[:, stay].reshape(-1)]
-        if order == 3 and stacked and size % each == 0 and size // each > total:  # queries, keys and values of groups
-            shared = (size - total * each) // 2
-            if shared and shared % total == 0:
-                query, key, value = number.split([total * each, shared, shared])
-                return [torch.cat([part.reshape(total, -1)[stay].reshape(-1) for part in (query, key, value)])]
-        return [number.reshape(total, -1)[stay].reshape(-1)]
-    if size - now == (total - len(stay)) * each and size > total * each:  # query heads, keys and values stay
-        query, rest = number[: total * each], number[total * each :]
-        return [torch.cat([query.reshape(total, each)[stay].reshape(-1), rest])]
-    return []
+    shared = (size - total * each) // 2  # keys or values of groups, where the queries come first
+    if order in (1, 2) and size % ((order + 1) * total) == 0:
+        return number.reshape(order + 1, total, -1)[:, stay].reshape(-1)
+    if order == 3 and shared > 0 and shared % total == 0:
+        parts = number.split([total * each, shared, size - total * each - shared])
+        return torch.cat([part.reshape(total, -1)[stay].reshape(-1) for part in parts])
+    if order == 4 and size > total * each:  # query heads, then keys and values that stay
+        return torch.cat([number[: total * each].reshape(total, each)[stay].reshape(-1), number[total * each :]])
+    if size % total == 0:
+        return number.reshape(total, -1)[stay].reshape(-1)
+    return None
 
 
 @contextmanager
 def _on_what_stays(dense: nn.Module, small: nn.Module, places: _Places) -> Iterator[None]:
-    """While it lasts, norms over the channels and embeddings run as those of the smaller model, zero where channels went."""
+    """While it lasts, norms and embeddings run as those of the smaller model, and give zero where channels went."""
     keep, width = places.keep, places.width
     gone = torch.ones(width, dtype=torch.bool)
     gone[keep] = False
@@ -206,10 +212,9 @@ def _on_what_stays(dense: nn.Module, small: nn.Module, places: _Places) -> Itera
         if all(name in places.before and places.hidden(name) for name in names):
             module.forward = norm(small.get_submodule(path), path)
             changed.append(module)
-        elif isinstance(module, nn.Embedding) and places.before[names[0]].shape[-1] != places.after[names[0]].shape[-1]:
-            if (module.weight.shape[-1], places.after[names[0]].shape[-1]) == (width, len(keep)):
-                module.forward = embedding(small.get_submodule(path))
-                changed.append(module)
+        elif isinstance(module, nn.Embedding) and places.hidden_columns(names[0]):
+            module.forward = embedding(small.get_submodule(path))
+            changed.append(module)
     try:
         yield
     finally:

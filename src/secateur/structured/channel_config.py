@@ -10,13 +10,11 @@ from torch import nn
 from secateur.engine.blocks import Structure
 from secateur.engine.skeleton import model_class, skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
-from secateur.structured.configure import Shapes, Shrunk, shapes_of
+from secateur.structured.configure import HEADS_GO_WITH_CHANNELS, Shapes, Shrunk, shapes_of
 from secateur.structured.couplings import heads_of
 from secateur.structured.entries import changed, part_of
 
 HINT = "choose another --structure, such as ffn"
-HEADS_GO_WITH_THEM = "use --structure heads,hidden: heads go together with hidden channels, so that they keep their size"
-
 
 
 def smaller(
@@ -50,7 +48,7 @@ def smaller(
         )
     reason = next(iter(reasons), "no entry of the config sets the width of its embeddings alone")
     raise UnsupportedModelError(
-        f"{name} cannot have fewer hidden channels alone: {reason}", hint=f"{HEADS_GO_WITH_THEM}; or {HINT}"
+        f"{name} cannot have fewer hidden channels alone: {reason}", hint=f"{HEADS_GO_WITH_CHANNELS}; or {HINT}"
     )
 
 
@@ -144,5 +142,5 @@ def refuse_both_sides(structure: Structure, cuts: Mapping[str, tuple[int, ...]])
             raise UnsupportedModelError(
                 f"inputs and outputs of {matrix.name} hang on the hidden size together: with fewer hidden channels "
                 "this config has smaller heads as well",
-                hint=HEADS_GO_WITH_THEM,
+                hint=HEADS_GO_WITH_CHANNELS,
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,12 +75,11 @@ def _filled(x: Tensor, keep: Tensor, *, centred: bool) -> Tensor:
     return made
 
 
-def mean_where_gone(keep: Tensor) -> object:
-    """A hook for a norm of the whole model that subtracts the mean: channels that go come in as the mean of the others."""
+def mean_where_gone(keep: Tensor) -> Callable[..., Any]:
+    """A hook for a norm that subtracts the mean: channels that go come in as the mean of those that stay."""
 
-    def hook(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
         states = args[0] if args else next(iter(kwargs.values()))
-        assert isinstance(states, Tensor)
         made = _filled(states, keep.to(states.device), centred=True)
         return ((made, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): made})
 

@@ -128,7 +128,8 @@ def _look_at_modules(channels: Channels, model: transformers.PreTrainedModel) ->
         own = {leaf for leaf, _ in whole.named_parameters(recurse=False) if f"{owner}.{leaf}" in channels.cuts}
         if isinstance(whole, nn.Embedding):
             channels.embeddings[f"{owner}.weight"] = _embedding_factor(whole, cut, keep)
-        elif own and all(whole.get_parameter(leaf).ndim == 1 for leaf in own):
+        elif own and all(whole.get_parameter(leaf).ndim == 1 for leaf in own) and not list(whole.children()):
+            # A vector of a larger module is taken to be added or multiplied with; the proof shows whether it is.
             gain = gain_of(whole, cut, owner, keep)
             if gain is not None:
                 leaf, found = gain

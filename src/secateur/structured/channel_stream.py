@@ -275,7 +275,8 @@ class ChannelStream(BlockStream):
         for reader in head.readers:
             names = [reader.name] if reader.bias is None else [reader.name, reader.bias]
             self._cut_binding.solved.update(self._refit(reader, fit, whole.binding.load(names, whole.source)))
-        if not head.readers and self.channels.final is not None:
+        inside = any(self.channels.final in block.tensors for block in self.structure.blocks)
+        if not head.readers and self.channels.final is not None and not inside:  # a block is written by now
             self._refit_norm(head, self.channels.final, fit)
         for lane in here:
             for one in (lane, self._twins[lane]):

@@ -54,8 +54,8 @@ class Group:
 class Gain:
     """The weight of a norm over the channels, used as ``offset`` + weight.
 
-    ``unit`` is what the norm gives with its channels at zero (at the mean of the others, where it is ``centred``) by what
-    it gives without them, times sqrt(kept / all).
+    ``unit`` is what the norm gives with its channels at zero (where it is ``centred``, at the mean of the others) by
+    what it gives without them, times sqrt(kept / all).
     """
 
     module: str
@@ -172,8 +172,8 @@ class Channels:
         """Factors of the norms' weights.
 
         Args:
-            energy: norm's weight -> mean over tokens of x_j^2 / mean x^2, (channels,); from x less its mean where the norm
-                subtracts one.
+            energy: norm's weight -> mean over tokens of x_j^2 / mean x^2, (channels,); of x less its mean where the
+                norm subtracts one.
         """
         return {
             name: self.gains[name].unit * math.sqrt(max(float(shares[keep].double().mean()), 1e-12))

@@ -1,7 +1,7 @@
 """Hidden channels and the units that are bound to them: the config of a model with fewer of both.
 
-Many configs know no size of a head: it is the hidden size by the number of heads. There fewer heads of the same size can
-be said together with fewer hidden channels, in proportion. Neurons that are a multiple of the hidden size go along.
+Many configs know no size of a head: it is the hidden size by the number of heads. There fewer heads of the same size
+can be said together with fewer hidden channels, in proportion. Neurons that are a multiple of the hidden size go along.
 
 As everywhere, entries are tried. A smaller model is the right one when each of its tensors differs only in dimensions
 that had all channels and now have fewer, or that the units of a coupling lie along; the proof on numbers comes later.
@@ -31,8 +31,10 @@ HINT = "choose another --structure, such as ffn"
 Path = tuple[str, ...]
 _TRIED = 3
 """Numbers of heads for which no entries are found, after which the config is taken to have none."""
-_WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "emb_dim", "embedding_size", "embed_proj_dim", "width")
-_NO_WIDTH = ("head", "vocab", "position", "token", "window", "layers", "image", "label", "patch")
+_WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "width")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_NO_WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "width")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 
 @dataclass
@@ -80,7 +82,7 @@ def find_together(
     config: transformers.PreTrainedConfig, model: transformers.PreTrainedModel, structure: Structure,
     every: Mapping[int, Sequence[Coupling]], kind: Kind, sparsity: float,
 ) -> Together:  # fmt: skip
-    """The number of heads, in proportion to it the hidden size, that comes nearest to a sparsity, and the config for it.
+    """The number of heads, and in proportion the hidden size, that come nearest to a sparsity, and the config for it.
 
     Args:
         config: as it was read, unchanged.
@@ -137,8 +139,8 @@ class _Search:
         shares = {left: self._removed(first, Fraction(left, self.parts)) for left in stay}
         if sparsity < min(shares.values()) / 2 or sparsity > (1 + max(shares.values())) / 2:
             raise SparsityError(
-                f"{sparsity:.1%} of the weights cannot go: heads go together with hidden channels, the smallest step is "
-                f"{min(shares.values()):.1%}, and at most {max(shares.values()):.1%} can go",
+                f"{sparsity:.1%} of the weights cannot go: heads go together with hidden channels, and that is "
+                f"{min(shares.values()):.1%} to {max(shares.values()):.1%}",
                 hint="choose another --sparsity",
             )
         for left in sorted(stay, key=lambda one: abs(shares[one] - sparsity)):
@@ -312,8 +314,7 @@ def _head_entries(config: Any, asked: Sequence[Coupling], share: Fraction, parts
         elif isinstance(value, list) and value and all(type(one) is int and one in numbers for one in value):
             found[path] = [int(one * share) for one in value]
     within = {path: value for path, value in found.items() if path[:-1] in parts}
-    usual = {path: value for path, value in within.items()
-             if path[-1] in ("num_attention_heads", "n_head", "n_heads", "num_heads") or "key_value" in path[-1]}  # fmt: skip
+    usual = {path: value for path, value in within.items() if path[-1] in _HEADS or "key_value" in path[-1]}
     for made in (within, usual, found):
         if made:
             yield made

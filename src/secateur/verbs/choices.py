@@ -136,9 +136,10 @@ def _sequences(
 def choose_channels(
     channels: Channels, model: transformers.PreTrainedModel, structure: Structure, binding: Binding,
     reader: CheckpointReader, criterion: Criterion, saliences: Mapping[Key, Tensor],
-    batches: Sequence[Mapping[str, Tensor]], store: ActivationStore, device: torch.device, compute: torch.dtype, reporter: Reporter,
+    batches: Sequence[Mapping[str, Tensor]], store: ActivationStore, device: torch.device, compute: torch.dtype,
+    reporter: Reporter,
 ) -> Choices:  # fmt: skip
-    """The channels and units that stay and the factors of the norms, from one dense forward over ``batches``, streamed."""
+    """Channels and units that stay and the factors of the norms, from one dense forward over ``batches``, streamed."""
     stored = Stored(reader)
     stream = ChoiceStream(
         model, structure, binding, stored, NoSink(stored), make_method("magnitude"), Plan(), store, device, compute,
