@@ -5,7 +5,8 @@ which rows are stored, until one makes both models answer alike; with the column
 of the channels that went, at zero, no wrong order could.
 
 Norms over the channels, and embeddings that multiply by their width, are run on the channels that stay: that is what a
-narrower model is. The channels that went must be zero wherever such a module gets them.
+narrower model is. The channels that went must be zero wherever such a module gets them. What a class multiplies its
+answer by for its width is the one factor that both may differ by.
 """
 
 from __future__ import annotations
@@ -51,7 +52,16 @@ def answers(dense: nn.Module, small: nn.Module, result: PruneResult, inputs: dic
         dense.load_state_dict(made, strict=True)
         with _on_what_stays(dense, small, places):
             found = answer(dense, inputs)
-        yield found[..., places.keep] if found.shape[-1] == places.width and last == len(places.keep) else found
+        found = found[..., places.keep] if found.shape[-1] == places.width and last == len(places.keep) else found
+        root = (places.width / len(places.keep)) ** 0.5
+        for factor in (
+            1.0,
+            root,
+            1 / root,
+            root**2,
+            root**-2,
+        ):  # a class may divide its logits by its width, or the root
+            yield found * factor
     if problem is not None and not fits:
         raise problem
 
@@ -209,7 +219,7 @@ def _on_what_stays(dense: nn.Module, small: nn.Module, places: _Places) -> Itera
         names = [f"{path}.{name}" for name in own]
         if not own or path in places.modules:
             continue
-        if all(name in places.before and places.hidden(name) for name in names):
+        if not list(module.children()) and all(name in places.before and places.hidden(name) for name in names):
             module.forward = norm(small.get_submodule(path), path)
             changed.append(module)
         elif isinstance(module, nn.Embedding) and places.hidden_columns(names[0]):

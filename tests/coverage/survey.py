@@ -23,7 +23,6 @@ SHARES = (0.12, 0.03, 0.25, 0.06, 0.2, 0.006, 0.4)
 """Sparsities that are tried one after the other where the structure is refused for the amount alone."""
 TOGETHER = (0.3, 0.12, 0.5)
 """The same for heads together with hidden channels, which go in larger steps."""
-_NO_HEADS = "no block has query heads that can be removed"
 Row = dict[str, Any]
 Prune = Callable[..., PruneResult]
 
@@ -66,17 +65,16 @@ def survey(family: Family, scratch: Path, prune: Prune = secateur.prune, known: 
 
 def _attention(work: Work) -> Row:
     """Groups, or else heads; where no config says fewer of these alone, heads or groups together with channels."""
-    first: Row = {}
+    reason: Row = {}
     for structure, shares in (
         ("kv-groups", SHARES), ("heads", SHARES), ("heads,hidden", TOGETHER), ("kv-groups,hidden", TOGETHER)
     ):  # fmt: skip
         found = work.first_share({"structure": structure}, shares)
         if found["ok"] or found.get("silent"):
             return found
-        first = first or found
-        if structure == "heads,hidden" and found["why"] != _NO_HEADS:
-            first = found
-    return first
+        if not reason or ("hidden" in structure and "that can be removed" not in found["why"]):
+            reason = found
+    return reason
 
 
 def _check_that_stock_reloads(tiny: Tiny, folder: Path) -> None:

@@ -94,6 +94,7 @@ def _proved(
     """The plan with what hangs on the channels, tried on random weights."""
     _look_at_modules(made, model)
     made.groups, made.loose = find_readers(made, model, structure, binding, reader)
+    _refuse_unseen(made, structure)
     for block in structure.blocks:
         owners = {matrix.name: matrix.module for matrix in block.matrices}
         made.groups.setdefault(block.index, []).extend(
@@ -101,6 +102,21 @@ def _proved(
         )
     prove_channels(made, model, structure, binding, reader)
     return made
+
+
+def _refuse_unseen(channels: Channels, structure: Structure) -> None:
+    """Refuse to cut both sides of a matrix that no forward has shown to read and write the residual stream.
+
+    One that no token came to may as well give heads, which the proof could not tell.
+    """
+    read = {one.name for groups in channels.groups.values() for group in groups for one in group.readers}
+    for matrix in structure.matrices:
+        if len(channels.cuts.get(matrix.name, ())) > 1 and matrix.name not in read:
+            raise UnsupportedModelError(
+                f"{matrix.name} becomes narrower on both sides, and no token of a short input came to it, so what it "
+                "gives is not known",
+                hint=HINT,
+            )
 
 
 def _consumer(job: Job, owners: Mapping[str, str], tensors: list[str]) -> Group:

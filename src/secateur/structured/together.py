@@ -33,8 +33,7 @@ _TRIED = 3
 """Numbers of heads for which no entries are found, after which the config is taken to have none."""
 _WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "width")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
-_NO_WIDTH = ("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "width")
-_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_NO_WIDTH = ("head", "vocab", "position", "token", "window", "layers", "image", "label", "patch")
 
 
 @dataclass
