@@ -54,13 +54,8 @@ def answers(dense: nn.Module, small: nn.Module, result: PruneResult, inputs: dic
             found = answer(dense, inputs)
         found = found[..., places.keep] if found.shape[-1] == places.width and last == len(places.keep) else found
         root = (places.width / len(places.keep)) ** 0.5
-        for factor in (
-            1.0,
-            root,
-            1 / root,
-            root**2,
-            root**-2,
-        ):  # a class may divide its logits by its width, or the root
+        # A class may divide its answer by its width, or by the root of it.
+        for factor in (1.0, root, 1 / root, root**2, root**-2):
             yield found * factor
     if problem is not None and not fits:
         raise problem
@@ -83,10 +78,11 @@ class _Places:
         self.modules = {spec.module: spec for spec in self.specs.values()}
         self.keep = torch.tensor(result.channels_kept)
         self.units = {one.name: torch.tensor(one.units) for one in result.matrices if one.units is not None}
-        if not self.units:
+        if len(result.recipe["structure"]) > 1 and not self.units:
             raise NotAtZeroError("no units went along")
-        counts = {self.specs[name].out_features for name in self.units
-                  if self._rows(name, self.after) == len(self.keep)}  # fmt: skip
+        writers = self.units or [spec.name for spec in self.specs.values() if not spec.experts]
+        counts = {self.specs[name].out_features for name in writers
+                  if self.specs[name].out_features != self._rows(name, self.after) == len(self.keep)}  # fmt: skip
         if len(counts) != 1:
             raise NotPlacedError("the hidden size is not one number")
         self.width = counts.pop()

@@ -109,6 +109,8 @@ class Channels:
             what = noun(kind)  # type: ignore[arg-type]
             same = ", the same in all" if self.joint and kind != "ffn" else ""
             lines.append(f"{what}: {units:,} -> {stay:,} in each of {count} places{same}, with the hidden channels")
+        if any(gain.centred for gain in self.gains.values()):
+            lines.append(f"norms that subtract the mean take it over the {self.after:,} channels that stay")
         return lines
 
     def units(self) -> dict[str, list[int]]:
@@ -189,6 +191,7 @@ class CutBinding(Binding):
         keep: Tensor, scales: Mapping[str, float], units: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
         super().__init__(model, keys)
+        self.resident = whole.resident
         self._whole, self._channels, self._keep, self._scales = whole, channels, keep, scales
         self._units, self._unit_cuts = units, channels.unit_cuts()
         self.solved: dict[str, Tensor] = {}
