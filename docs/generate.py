@@ -188,7 +188,7 @@ def coverage() -> str:
             table(["", "of the families that build", "of those with an attention"], shares),
             f"Silent failures, a wrong or unloadable result reported as a success: {len(silent)}."
             + "".join(f"\n- {line}" for line in silent),
-            f"In {len(together)} of the families with a yes under attention heads go only together with hidden channels. "
+            f"In {len(together)} families with a yes under attention heads go only together with hidden channels. "
             f"No entry in the config of {len(bound)} families says fewer heads of the same size, alone or with hidden "
             "channels, and nothing else, so no stock class could load such a model.",
             "## Families",
