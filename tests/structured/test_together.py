@@ -133,10 +133,10 @@ def test_neurons_that_the_config_binds_go_along(tmp_path: Path, monkeypatch: pyt
 def test_the_plan_says_what_goes(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "bert")
     planned = plan(folder, recipe=secateur.Recipe(structure=("heads", "hidden"), sparsity=0.35))
-    assert planned.units == {"hidden": [32, 24], "kv-groups": [4, 3]}
+    assert planned.units == {"hidden": [32, 24], "heads": [4, 3]}
     assert planned.lines == [
         "hidden channels: 32 -> 24 everywhere, a multiple of 8",
-        "key-value groups: 4 -> 3 in each of 2 places, with the hidden channels",
+        "heads: 4 -> 3 in each of 2 places, with the hidden channels",
         "norms that subtract the mean take it over the 24 channels that stay",
     ]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -103,11 +103,10 @@ class Channels:
         lines = [f"hidden channels: {self.before:,} -> {self.after:,} everywhere, a multiple of {self.step}"]
         groups: dict[tuple[str, int, int], int] = {}
         for job in self.every_job():
-            key = job.coupling.kind, job.coupling.units, job.stay
+            key = _name(job.coupling), job.coupling.units, job.stay
             groups[key] = groups.get(key, 0) + 1
-        for (kind, units, stay), count in groups.items():
-            what = noun(kind)  # type: ignore[arg-type]
-            same = ", the same in all" if self.joint and kind != "ffn" else ""
+        for (what, units, stay), count in groups.items():
+            same = ", the same in all" if self.joint and what != noun("ffn") else ""
             lines.append(f"{what}: {units:,} -> {stay:,} in each of {count} places{same}, with the hidden channels")
         if any(gain.centred for gain in self.gains.values()):
             lines.append(f"norms that subtract the mean take it over the {self.after:,} channels that stay")
@@ -117,7 +116,8 @@ class Channels:
         """By structure, and where blocks differ by structure and number: units before and after."""
         made = {"hidden": [self.before, self.after]}
         for job in self.every_job():
-            kind, counts = job.coupling.kind, [job.coupling.units, job.stay]
+            alone = _name(job.coupling) == _ALONE
+            kind, counts = "heads" if alone else job.coupling.kind, [job.coupling.units, job.stay]
             name = kind if made.setdefault(kind, counts) == counts else f"{kind} of {counts[0]}"
             made[name] = counts
         return made
@@ -181,6 +181,15 @@ class Channels:
             name: self.gains[name].unit * math.sqrt(max(float(shares[keep].double().mean()), 1e-12))
             for name, shares in energy.items()
         }
+
+
+_ALONE = "heads"
+"""What groups of one query head are called."""
+
+
+def _name(coupling: Coupling) -> str:
+    alone = coupling.kind == "kv-groups" and coupling.heads is not None and coupling.heads.each == 1
+    return _ALONE if alone else noun(coupling.kind)
 
 
 class CutBinding(Binding):
