@@ -42,7 +42,7 @@ def answers(dense: nn.Module, small: nn.Module, result: PruneResult, inputs: dic
     last = answer(small, inputs).shape[-1]
     problem: NotPlacedError | None = None
     fits = False
-    for order in range(_ORDERS):
+    for order in range(2 * _ORDERS if places.vectors else _ORDERS):
         try:
             made = {name: places.back(name, order) for name in places.before}
         except NotPlacedError as error:
@@ -76,6 +76,11 @@ class _Places:
         self.blocks = [block.name for block in find_structure(dense).blocks]
         self.specs: dict[str, MatrixSpec] = {spec.name: spec for spec in find_structure(dense).matrices}
         self.modules = {spec.module: spec for spec in self.specs.values()}
+        self.vectors = {
+            f"{path}.{leaf}" for path, module in dense.named_modules() if list(module.children())
+            for leaf, tensor in module.named_parameters(recurse=False) if tensor.ndim == 1
+        }  # fmt: skip
+        """Of larger modules: in half of the orders they lie along units, not channels, where both fit."""
         self.keep = torch.tensor(result.channels_kept)
         self.units = {one.name: torch.tensor(one.units) for one in result.matrices if one.units is not None}
         if len(result.recipe["structure"]) > 1 and not self.units:
@@ -141,7 +146,8 @@ class _Places:
 
     def _index(self, name: str, dim: int, size: int, now: int, order: int) -> Tensor:
         spec = self.specs.get(name) or self.modules.get(name.rpartition(".")[0])
-        whole = (size, now) == (self.width, len(self.keep))
+        whole = (size, now) == (self.width, len(self.keep)) and not (order >= _ORDERS and name in self.vectors)
+        order %= _ORDERS
         if name in self.units:
             reads = dim == (0 if self.specs[name].transposed else 1)
             if not reads:

@@ -130,6 +130,22 @@ def test_neurons_that_the_config_binds_go_along(tmp_path: Path, monkeypatch: pyt
     check(folder, out, result, _inputs(_stock(folder)))
 
 
+def test_vectors_of_an_attention_are_cut_as_the_proof_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeBERTa adds biases of its own to queries and values: as long as the channels are, but along the heads."""
+    values = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "relative_attention": True, "pos_att_type": ["c2p", "p2c"], "type_vocab_size": 0,
+    }  # fmt: skip
+    monkeypatch.setitem(models.FAMILIES, "deberta", ("DebertaConfig", "DebertaForMaskedLM", values))
+    folder, out = save_tiny(tmp_path / "model", "deberta"), tmp_path / "out"
+    result = _prune(folder, out, "deberta")
+    check(folder, out, result, _inputs(_stock(folder)))
+    name = "deberta.encoder.layer.1.attention.self.q_bias"
+    before, after = (_stock(place).get_parameter(name) for place in (folder, out))
+    units = next(one.units for one in result.matrices if "layer.1.attention.output" in one.name)
+    assert torch.equal(after, before.reshape(4, 8)[units].reshape(-1))
+
+
 def test_the_plan_says_what_goes(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "bert")
     planned = plan(folder, recipe=secateur.Recipe(structure=("heads", "hidden"), sparsity=0.35))

@@ -27,7 +27,7 @@ from secateur.structured.configure import shapes_of
 from secateur.structured.couplings import Kind
 from secateur.structured.plan import couplings_of_blocks
 from secateur.structured.stream import Job, bias_of
-from secateur.structured.together import find_together
+from secateur.structured.together import Together, find_together
 
 
 def plan_channels(
@@ -77,14 +77,23 @@ def plan_channels_with_units(
     """
     every = couplings_of_blocks(model, structure, binding, reader)
     found = find_together(config, model, structure, every, kind, sparsity)
-    made = Channels(
+    try:
+        return _proved(_channels(found, structure), model, structure, binding, reader)
+    except UnsupportedModelError:
+        other = found.otherwise()
+        if other is None:
+            raise
+    return _proved(_channels(other, structure), model, structure, binding, reader)
+
+
+def _channels(found: Together, structure: Structure) -> Channels:
+    return Channels(
         found.before, found.after, found.step, found.shrunk, found.cuts, {}, {}, {}, joint=found.joint,
         jobs={
             block.index: [job for job in found.jobs if job.coupling.consumer.startswith(f"{block.name}.")]
             for block in structure.blocks
         },
     )  # fmt: skip
-    return _proved(made, model, structure, binding, reader)
 
 
 def _proved(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -50,6 +50,22 @@ class Together:
     """Units that go along, with all that is cut with them."""
     joint: bool
     """Whether something outside the blocks has a number for each unit, so that all blocks must keep the same."""
+    doubtful: list[str] = field(default_factory=list)
+    """Vectors of larger modules that are taken to lie along the channels, and that may as well lie along units."""
+
+    def otherwise(self) -> Together | None:
+        """The same with the doubtful vectors along units; None where there are none."""
+        if not self.doubtful:
+            return None
+        cuts = {name: dims for name, dims in self.cuts.items() if name not in self.doubtful}
+        extra: dict[str, list[Cut]] = {}
+        for name in self.doubtful:
+            found = _unit_of_each(name, self.before, self.after, _attentions(self.jobs), matrix=False)
+            assert found is not None
+            indices = torch.arange(self.before).reshape(found[0].coupling.units, -1)
+            extra.setdefault(found[0].coupling.consumer, []).append(Cut(name, 0, indices))
+        jobs = [_longer(job, extra.get(job.coupling.consumer, [])) for job in self.jobs]
+        return dataclasses.replace(self, cuts=cuts, jobs=jobs, doubtful=[])
 
 
 def asked_couplings(every: Mapping[int, Sequence[Coupling]], kind: Kind) -> list[Coupling]:
@@ -121,6 +137,10 @@ class _Search:
     ) -> None:  # fmt: skip
         self.config, self.asked, self.others, self.before = config, asked, others, before
         self.old = shapes_of(model)
+        self.vectors = {
+            f"{path}.{leaf}" for path, module in model.named_modules() if list(module.children())
+            for leaf, tensor in module.named_parameters(recurse=False) if tensor.ndim == 1
+        }  # fmt: skip
         self.sizes = {matrix.name: matrix.size for matrix in structure.matrices}
         self.parts = math.gcd(before, *(coupling.units // coupling.parts for coupling in asked))
         """Units and channels go in steps of one of this many parts."""
@@ -173,7 +193,12 @@ class _Search:
                 continue
             cuts, jobs, joint = made
             step = self.before // self.parts
-            return Together(self.before, int(self.before * share), step, Shrunk(skeleton, changes), cuts, jobs, joint)
+            after, inside = int(self.before * share), _attentions(jobs)
+            doubtful = [
+                name for name in cuts if name in self.vectors
+                and (found := _unit_of_each(name, self.before, after, inside, matrix=False)) and not found[1]
+            ]  # fmt: skip
+            return Together(self.before, after, step, Shrunk(skeleton, changes), cuts, jobs, joint, doubtful)
         return None
 
     def _explained(self, new: Shapes, count: int) -> tuple[dict[str, tuple[int, ...]], list[Job], bool] | str:
@@ -196,7 +221,7 @@ class _Search:
                     return _other_size(cut.name, old, new)
                 known.add((cut.name, cut.dim))
             jobs.append(Job(coupling, stay))
-        attentions = [job for job in jobs if job.coupling.heads is not None]
+        attentions = _attentions(jobs)
         if not attentions:
             return "the heads stay as they are"
         cuts: dict[str, tuple[int, ...]] = {}
@@ -226,6 +251,10 @@ class _Search:
 def _other_size(name: str, old: Shapes, new: Shapes) -> str:
     was, now = (" x ".join(map(str, shapes[name])) for shapes in (old, new))
     return f"other sizes hang on it in this config: {name}, {was} would be {now}"
+
+
+def _attentions(jobs: Sequence[Job]) -> list[Job]:
+    return [job for job in jobs if job.coupling.heads is not None]
 
 
 def _longer(job: Job, cuts: Sequence[Cut]) -> Job:
