@@ -167,6 +167,7 @@ def coverage() -> str:
     silent = [f"{row['kind']}/{row['family']}, {column}: {row[column]['why']}" for row in built for column in COLUMNS
               if row[column].get("silent")]  # fmt: skip
     bound = [row for row in attentive if "has no entries for" in row["attention"].get("why", "")]
+    together = [row for row in built if "with hidden channels" in row["attention"].get("detail", "")]
     reasons: dict[str, int] = {}
     lines = []
     for row in built:
@@ -187,9 +188,9 @@ def coverage() -> str:
             table(["", "of the families that build", "of those with an attention"], shares),
             f"Silent failures, a wrong or unloadable result reported as a success: {len(silent)}."
             + "".join(f"\n- {line}" for line in silent),
-            f"No entry in the config of {len(bound)} families says fewer heads of the same size (most compute that "
-            "size from the hidden size), so no stock class could load such a model. Of the others with an attention it "
-            f"can be cut in {share([row for row in attentive if row not in bound], 'attention')}.",
+            f"In {len(together)} families with a yes under attention heads go only together with hidden channels. "
+            f"No entry in the config of {len(bound)} families says fewer heads of the same size, alone or with hidden "
+            "channels, and nothing else, so no stock class could load such a model.",
             "## Families",
             table(["family", "class", *COLUMNS.values()], lines),
             "## Why not",

@@ -60,7 +60,8 @@ class Recipe:
     pattern: str = "unstructured"
     """unstructured, or N:M to keep N of every M consecutive inputs."""
     structure: tuple[str, ...] = ()
-    """Remove whole units, not single weights: depth, ffn, kv-groups, heads, experts, hidden; several by commas."""
+    """Remove whole units, not single weights: depth, ffn, kv-groups, heads, experts, hidden; several by commas.
+    heads,hidden removes heads together with hidden channels, where a config knows no size of a head."""
     budget: str | None = None
     """Instead of --sparsity: parameters=0.75 (at most this share of the block parameters stays), bytes=150MB or
     bytes=0.75 (weights on disk), or decode=1.5x (times as fast, predicted). How depth, neurons and attention share it
@@ -207,9 +208,9 @@ class Recipe:
                 "kv-groups and heads cannot go in one run: both cut the same output projection",
                 hint="choose one, or prune the result once more",
             )
-        if "hidden" in self.structure and len(self.structure) > 1:
+        if "hidden" in self.structure and {*self.structure} - {"hidden", "heads", "kv-groups"}:
             raise RecipeError(
-                "structure hidden goes alone: every other unit is tied to the hidden channels",
+                "structure hidden goes alone, or with heads or kv-groups in proportion",
                 hint="prune twice: first the one, then the other on the result",
             )
         if self.depth_by not in DEPTH_WAYS:
@@ -248,7 +249,10 @@ class Recipe:
         """Fields that were changed and that none of these structures looks at, though another would."""
         units = {*self.structure} - {"depth"}
         changed = {"round_to": self.round_to != 32, "update": not self.update}
-        return [name for name in LOOKED_AT if changed[name] and units and not units & {*LOOKED_AT[name], "auto"}]
+        looking = {name: units & {*LOOKED_AT[name], "auto"} for name in LOOKED_AT}
+        if len(units) > 1:  # channels beside heads go in steps of a head
+            looking["round_to"] -= {"hidden"}
+        return [name for name in LOOKED_AT if changed[name] and units and not looking[name]]
 
     def _check_budget(self) -> None:
         parse_budget(self.budget or "")

@@ -1,6 +1,6 @@
 """Makes the rows of docs/coverage.md: every family in a process of its own, under a limit of time and memory.
 
-    python -m tests.coverage [--only causal/llama,image/vit] [--again] [--missing]
+    python -m tests.coverage [--only causal/llama,image/vit] [--again] [--failing attention] [--attention]
 
 Rows go to benchmarks/results/coverage.json as they are made; `python docs/generate.py` writes the table from it.
 Without flags only the families that have no row yet are surveyed.
@@ -52,8 +52,12 @@ def write(rows: dict[str, Any], order: list[str]) -> None:
     RESULTS.write_text(text, encoding="utf-8")
 
 
-def surveyed(family: Any) -> dict[str, Any]:
-    """The row of one family, from a process of its own."""
+def surveyed(family: Any, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The row of one family, from a process of its own.
+
+    Args:
+        known: a row of which all but the attention is taken over.
+    """
     from tests.coverage.survey import survey
 
     base = {"kind": family.kind, "family": family.model_type, "class": family.class_name, "built": False}
@@ -69,7 +73,7 @@ def surveyed(family: Any) -> dict[str, Any]:
                 os.dup2(quiet, 2)
                 work = Path(scratch) / "work"
                 work.mkdir()
-                answer.write_text(json.dumps(survey(family, work)))
+                answer.write_text(json.dumps(survey(family, work, known=known)))
             except BaseException as error:  # noqa: BLE001 - the parent must hear of it
                 answer.write_text(json.dumps({**base, "why": f"crash, {type(error).__name__}: {error}"[:300]}))
             finally:
@@ -93,6 +97,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="keys, or globs of keys, divided by commas")
     parser.add_argument("--failing", default="", help="only rows in which this column failed")
     parser.add_argument("--again", action="store_true", help="all families, whatever rows there are")
+    parser.add_argument("--attention", action="store_true", help="only that column, the rest as it was")
     asked = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
@@ -116,7 +121,7 @@ def main() -> None:
     random.Random(0).shuffle(chosen)  # so that what a stopped run leaves is a fair sample
     for number, family in enumerate(chosen):
         started = time.monotonic()
-        row = surveyed(family)
+        row = surveyed(family, rows.get(family.key) if asked.attention else None)
         rows[family.key] = row
         write(rows, [one.key for one in every])
         marks = "".join(

@@ -21,16 +21,19 @@ from tests.coverage.tiny import NotBuiltError, Tiny, answer, inputs_of, tiny_mod
 COLUMNS = ("blocks", "unstructured", "2:4", "depth", "ffn", "attention")
 SHARES = (0.12, 0.03, 0.25, 0.06, 0.2, 0.006, 0.4)
 """Sparsities that are tried one after the other where the structure is refused for the amount alone."""
+TOGETHER = (0.3, 0.12, 0.5)
+"""The same for heads together with hidden channels, which go in larger steps."""
 Row = dict[str, Any]
 Prune = Callable[..., PruneResult]
 
 
-def survey(family: Family, scratch: Path, prune: Prune = secateur.prune) -> Row:
+def survey(family: Family, scratch: Path, prune: Prune = secateur.prune, known: Row | None = None) -> Row:
     """The row of a family.
 
     Args:
         scratch: an empty folder.
         prune: what is surveyed; tests put a faulty one in.
+        known: a row of which everything but the attention is taken over.
     """
     row: Row = {"kind": family.kind, "family": family.model_type, "class": family.class_name}
     source = scratch / "model"
@@ -45,8 +48,10 @@ def survey(family: Family, scratch: Path, prune: Prune = secateur.prune) -> Row:
         "built": True, "parameters": tiny.model.num_parameters(), "recipe": tiny.recipe,
         "has_attention": any("attention" in part or "attn" in part for part in parts),
     }  # fmt: skip
-    row["blocks"] = _inspected(source)
     work = Work(source, scratch / "out", tiny, prune)
+    if known is not None:
+        return {**known, "attention": _attention(work)}
+    row["blocks"] = _inspected(source)
     row["unstructured"] = work.attempt({"method": "sparsegpt", "sparsity": 0.5})
     row["2:4"] = work.attempt({"method": "wanda", "pattern": "2:4"}, "2:4")
     row["depth"] = work.first_share({"structure": "depth"}, (0.25, 0.5))
@@ -54,11 +59,22 @@ def survey(family: Family, scratch: Path, prune: Prune = secateur.prune) -> Row:
     if not row["ffn"]["ok"] and not row["ffn"].get("silent"):  # a ratio that is a whole number takes larger steps
         again = work.attempt({"structure": "ffn", "round_to": 64, "sparsity": 0.2})
         row["ffn"] = again if again["ok"] or again.get("silent") else row["ffn"]
-    row["attention"] = work.first_share({"structure": "kv-groups"}, SHARES)
-    if not row["attention"]["ok"] and not row["attention"].get("silent"):
-        heads = work.first_share({"structure": "heads"}, SHARES)
-        row["attention"] = heads if heads["ok"] or heads.get("silent") else row["attention"]
+    row["attention"] = _attention(work)
     return row
+
+
+def _attention(work: Work) -> Row:
+    """Groups, or else heads; where no config says fewer of these alone, heads or groups together with channels."""
+    reason: Row = {}
+    for structure, shares in (
+        ("kv-groups", SHARES), ("heads", SHARES), ("heads,hidden", TOGETHER), ("kv-groups,hidden", TOGETHER)
+    ):  # fmt: skip
+        found = work.first_share({"structure": structure}, shares)
+        if found["ok"] or found.get("silent"):
+            return found
+        if not reason or ("hidden" in structure and "that can be removed" not in found["why"]):
+            reason = found
+    return reason
 
 
 def _check_that_stock_reloads(tiny: Tiny, folder: Path) -> None:
@@ -147,6 +163,8 @@ def _detail(result: PruneResult) -> str:
         return f"{result.sparsity:.1%}"
     if structure == ["depth"]:
         return f"{len(result.blocks_kept or ())} blocks stay"
+    if "hidden" in structure:
+        return f"{structure[0]} with hidden channels: {len(result.channels_kept or ())} channels stay"
     units = sorted({matrix.shape[-1] for matrix in result.matrices})
     return f"{structure[0]}: {', '.join(map(str, units))} columns stay"
 

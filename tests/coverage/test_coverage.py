@@ -83,6 +83,18 @@ def _name_another_size(out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config))
 
 
+def _turn_the_embedding(out: Path) -> None:
+    weights = load_file(out / "model.safetensors")
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"].roll(1, 1).contiguous()
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def _say_more_heads(out: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    config["num_attention_heads"], config["head_dim"] = 2 * config["num_attention_heads"], config["head_dim"] // 2
+    (out / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Path]:
     tiny = tiny_model(transformers.LlamaConfig, transformers.LlamaForCausalLM)
@@ -98,13 +110,16 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tiny, Path]:
         ("depth", _swap_two_rows, "differs from the dense one"),
         ("ffn", _lose_a_tensor, "complains"),
         ("ffn", _name_another_size, ""),
+        ("heads,hidden", _turn_the_embedding, "holds other numbers"),
+        ("heads,hidden", _say_more_heads, ""),
     ],
 )
 def test_a_spoiled_result_is_a_silent_failure(
     structure: str, spoil: Any, words: str, tiny_llama: tuple[Tiny, Path], tmp_path: Path
 ) -> None:
     tiny, folder = tiny_llama
-    settings = {"structure": structure, "sparsity": 0.25, **({"round_to": 8} if structure == "ffn" else {})}
+    share = 0.5 if "hidden" in structure else 0.25
+    settings = {"structure": structure, "sparsity": share, **({"round_to": 8} if structure == "ffn" else {})}
     assert Work(folder, tmp_path / "good", tiny, secateur.prune).attempt(settings)["ok"]
     found = Work(folder, tmp_path / "bad", tiny, _prune_then(spoil)).attempt(settings)
     assert not found["ok"]

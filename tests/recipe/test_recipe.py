@@ -164,6 +164,7 @@ UNUSED = [
 USED = [
     {"structure": "ffn", "round_to": 8, "update": False, "method": "wanda"},
     {"structure": "hidden", "round_to": 8, "update": False},
+    {"structure": "heads,hidden", "update": False},
     {"structure": "depth,heads", "method": "magnitude", "update": False, "depth_by": "angular"},
     {"structure": "depth,experts", "method": "frequency"},
     {"budget": "parameters=0.8", "round_to": 8, "update": False, "depth_by": "greedy", "method": "magnitude"},
@@ -191,6 +192,7 @@ def test_what_is_looked_at_is_not(data):
         ({"structure": "depth,kv-groups", "round_to": 8}, ["round_to"]),
         ({"structure": "experts", "round_to": 8, "update": False}, ["round_to", "update"]),
         ({"structure": "heads,ffn", "round_to": 8}, []),
+        ({"structure": "heads,hidden", "round_to": 8}, ["round_to"]),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""Norms over hidden channels: a LayerNorm cannot lose some of them, an RMSNorm can; alone and in whole models."""
+"""Norms over hidden channels: what an RMSNorm and a LayerNorm are with fewer of them; alone and in whole models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ import secateur
 from secateur.errors import UnsupportedModelError
 from secateur.structured.channel_norms import gain_of
 from tests import models
+from tests.coverage.check import load
+from tests.coverage.narrower import answers
+from tests.coverage.tiny import answer
 from tests.models import FAMILIES, calibration_for, save_tiny
 
+IDS = {"input_ids": torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(5))}
 KEEP = torch.tensor([channel for channel in range(32) if channel % 4 != 1])
 
 
@@ -23,15 +27,15 @@ def _meta(kind: type[nn.Module], **options: Any) -> tuple[nn.Module, nn.Module]:
         return kind(32, **options), kind(len(KEEP), **options)
 
 
-def _misfit(kind: type[nn.Module]) -> float:
-    """What the best weight and bias of each channel leave between the norm of all channels, those that go at zero, and
-    that of those that stay, over many tokens with means of their own."""
+def _misfit(kind: type[nn.Module], *, filled: bool) -> float:
+    """What the best weight and bias of each channel leave between the norm of all channels, those that go at zero or at
+    the mean of the others, and that of those that stay, over many tokens with means of their own."""
     x = torch.randn(400, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     x += torch.randn(400, 1, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    zeroed = torch.zeros_like(x)
-    zeroed[:, KEEP] = x[:, KEEP]
+    given = x[:, KEEP].mean(dim=1, keepdim=True).repeat(1, 32) if filled else torch.zeros_like(x)
+    given[:, KEEP] = x[:, KEEP]
     with torch.no_grad():
-        wide = kind(32, dtype=torch.float64)(zeroed)[:, KEEP]
+        wide = kind(32, dtype=torch.float64)(given)[:, KEEP]
         narrow = kind(len(KEEP), dtype=torch.float64)(x[:, KEEP])
     left = 0.0
     for ours, theirs in zip(narrow.T, wide.T, strict=True):
@@ -41,41 +45,51 @@ def _misfit(kind: type[nn.Module]) -> float:
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}], ids=["weight and bias", "weight"])
-def test_a_layer_norm_is_refused_for_its_mean(options: dict[str, Any]) -> None:
-    assert _misfit(nn.LayerNorm) > 0.05  # no weight and no bias can make up for the mean over other channels
-    with pytest.raises(UnsupportedModelError, match=r"blocks\.0\.norm \(LayerNorm\) subtracts the mean over all") as e:
-        gain_of(*_meta(nn.LayerNorm, **options), "blocks.0.norm", KEEP)
-    assert "--structure" in e.value.hint
+def test_a_layer_norm_sees_the_mean_of_what_stays(options: dict[str, Any]) -> None:
+    """No weight and no bias make up for zeros among the channels of a mean; for their mean in that place one does."""
+    assert _misfit(nn.LayerNorm, filled=False) > 0.05
+    assert _misfit(nn.LayerNorm, filled=True) < 1e-4
+    found = gain_of(*_meta(nn.LayerNorm, **options), "blocks.0.norm", KEEP)
+    assert found is not None
+    leaf, gain = found
+    assert (leaf, gain.centred, gain.offset) == ("weight", True, 0.0)
+    assert gain.bias == ("blocks.0.norm.bias" if not options else None)
+    assert gain.unit == pytest.approx(1.0, abs=1e-4)
 
 
-def test_an_rms_norm_is_not() -> None:
-    assert _misfit(nn.RMSNorm) < 1e-4  # of the epsilon
+def test_an_rms_norm_sees_zeros() -> None:
+    assert _misfit(nn.RMSNorm, filled=False) < 1e-4  # of the epsilon
     found = gain_of(*_meta(nn.RMSNorm), "blocks.0.norm", KEEP)
     assert found is not None
     leaf, gain = found
     assert leaf == "weight"
     assert gain.unit == pytest.approx(1.0, abs=1e-4)
-    assert gain.offset == 0.0
+    assert (gain.offset, gain.centred, gain.bias) == (0.0, False, None)
 
 
-WHOLE = {
-    "cohere": ("CohereConfig", "CohereForCausalLM", r"CohereLayerNorm\) subtracts the mean"),
-    "nemotron": ("NemotronConfig", "NemotronForCausalLM", r"NemotronLayerNorm1P\) subtracts the mean"),
-    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", r"LayerNorm\) subtracts the mean"),
-    # Its norms have no weight that is cut: the forward through the whole model finds it out.
-    "olmo": ("OlmoConfig", "OlmoForCausalLM", "computes something else without hidden channels"),
-}
-
-
-@pytest.mark.parametrize("family", WHOLE)
-def test_a_model_with_such_norms_is_refused(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing else is in their way: heads have sizes of their own."""
-    config, model, words = WHOLE[family]
+def _prune(family: str, config: str, model: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setitem(models.FAMILIES, family, (config, model, FAMILIES["qwen2"][2]))
-    folder = save_tiny(tmp_path / "model", family)
-    with pytest.raises(UnsupportedModelError, match=words):
-        secateur.prune(
-            folder, tmp_path / "out", structure="hidden", sparsity=0.25, round_to=4, verify=False, evaluate=False,
-            compute_dtype="float32", calibration=calibration_for(family),
-        )  # fmt: skip
+    made = save_tiny(folder / "model", family)
+    return secateur.prune(
+        made, folder / "out", structure="hidden", sparsity=0.25, round_to=4, verify=False, evaluate=False,
+        compute_dtype="float32", calibration=calibration_for(family),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["Cohere", "Nemotron", "Starcoder2"])
+def test_models_with_layer_norms(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their heads have sizes of their own, so channels can go alone; with their norms seeing what stays."""
+    result = _prune(family, f"{family}Config", f"{family}ForCausalLM", tmp_path, monkeypatch)
+    assert result.channels_kept is not None
+    before, after = load(tmp_path / "model"), load(tmp_path / "out")
+    assert any(
+        torch.allclose(answer(after.model, IDS), found, rtol=1e-4, atol=1e-4 * float(found.abs().max()))
+        for found in answers(before.model, after.model, result, IDS)
+    )
+
+
+def test_a_norm_without_a_weight_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it can be scaled: the forward through the whole model finds it out."""
+    with pytest.raises(UnsupportedModelError, match="computes something else without hidden channels"):
+        _prune("olmo", "OlmoConfig", "OlmoForCausalLM", tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

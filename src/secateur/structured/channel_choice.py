@@ -10,6 +10,9 @@ A criterion then sees one matrix R (channels, channels) with inputs of Gram matr
 the sum of the groups' scores. Memory: two square matrices for the whole model, and those of one block.
 
 Norms are watched beside: the share of each channel in their input's energy says how their weights are scaled.
+
+Units that go along are chosen in the same forward, block by block, each as the criterion does it on the inputs of its
+consumer; where all blocks must keep the same, once, by the sum over all, as the channels are.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from secateur.errors import CalibrationError
 from secateur.least_squares import quadratic
 from secateur.plugins import Criterion, Units
 from secateur.statistics import InputStatistics
-from secateur.structured.channels import Channels, Group
+from secateur.structured.channels import Channels, Gain, Group
+from secateur.structured.stream import Job, feeding_of, question_of
 
 _ROWS = 8192
 """Rows of a matrix that are squared at a time."""
@@ -74,18 +78,28 @@ class ChannelStatistics:
             self.means += sums.double().cpu() / tokens / safe
         self.groups += 1
 
-    def choose(self, criterion: Criterion, remove: int, damping: float, salience: Tensor | None) -> Tensor:
-        """Numbers of the channels that stay, ascending."""
-        number = torch.arange(self.channels)
+    def choose(
+        self, criterion: Criterion, remove: int, damping: float, salience: Tensor | None, *,
+        columns: Tensor | None = None, feeding: Tensor | None = None, parts: int = 1,
+    ) -> Tensor:  # fmt: skip
+        """Numbers of the channels that stay, ascending; or of units, which are several channels each.
+
+        Args:
+            columns: the channels of each unit, (units, n).
+            feeding: of the units, in the place of that of the channels.
+            parts: as many units go from each of this many equal parts.
+        """
+        columns = torch.arange(self.channels)[:, None] if columns is None else columns
+        feeding = self.feeding if feeding is None else feeding
         correlation = self.correlation / max(self.groups, 1)
         mean = float(self.reading.diagonal().mean())
         reading = self.reading + 1e-9 * mean * torch.eye(self.channels, dtype=torch.float64)
         factor = torch.linalg.cholesky(reading).t().contiguous()
         return criterion.choose(
             Units(
-                weight=factor.float(), columns=number[:, None], feeding=self.feeding.float(), gram=correlation.float(),
+                weight=factor.float(), columns=columns, feeding=feeding.float(), gram=correlation.float(),
                 sums=(self.means / max(self.groups, 1)).float(), tokens=1.0,
-                problem=quadratic(correlation, None, factor, damping), salience=salience,
+                problem=quadratic(correlation, None, factor, damping), parts=parts, salience=salience,
             ),
             remove,
         )  # fmt: skip
@@ -96,10 +110,17 @@ class ChoiceStream(BlockStream):
     """A dense forward that looks at what readers and norms get."""
 
     channels: Channels
+    criterion: Criterion
+    """Chooses units that go along."""
+    saliences: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+    """By kind and consumer: scores of units from gradients, for a criterion that wants them."""
+    damping: float = 0.01
 
     def look(self, batches: Sequence[Mapping[str, Tensor]]) -> ChannelStatistics:
         """Gather statistics of all batches, one block of weights in memory at a time; of the weights alone without."""
         self._made = ChannelStatistics(self.channels.before)
+        self.units: dict[str, Tensor] = {}
+        self._joint: dict[tuple[int, int, int], _Joint] = {}
         self._inputs: dict[str, InputStatistics] = {}
         self._sums: dict[str, Tensor] = {}
         self._normed: dict[str, tuple[Tensor, int]] = {}
@@ -122,6 +143,8 @@ class ChoiceStream(BlockStream):
             for handle in handles:
                 handle.remove()
         self._made.energy = {name: total / count for name, (total, count) in self._normed.items() if count}
+        for joint in self._joint.values():
+            self.units |= joint.choose(self.criterion, self.damping)
         return self._made
 
     def _watch(self) -> list[Any]:
@@ -129,7 +152,7 @@ class ChoiceStream(BlockStream):
         head = self.channels.head
         hooks = [(group.module, self._reader(group.module, last=False)) for group in groups]
         # Norms first: a hook at the head ends the forward there.
-        hooks = [(gain.module, self._norm(name)) for name, gain in self.channels.gains.items()] + hooks
+        hooks = [(gain.module, self._norm(name, gain)) for name, gain in self.channels.gains.items()] + hooks
         if head is not None:
             hooks.append((head.module, self._reader(head.module, last=True)))
         return [self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
@@ -154,10 +177,11 @@ class ChoiceStream(BlockStream):
 
         return hook
 
-    def _norm(self, name: str) -> Any:
+    def _norm(self, name: str, gain: Gain) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> None:
             with torch._C.DisableTorchFunction():
-                squares = self._rows(args, kwargs).square()
+                rows = self._rows(args, kwargs)
+                squares = (rows - rows.mean(dim=1, keepdim=True) if gain.centred else rows).square()
                 mean = squares.mean(dim=1, keepdim=True)
                 real = mean[:, 0] > 0
                 shares = (squares[real] / mean[real]).sum(dim=0).double().cpu()
@@ -167,6 +191,9 @@ class ChoiceStream(BlockStream):
         return hook
 
     def _add(self, group: Group, tensors: Mapping[str, Tensor]) -> None:
+        if group.job is not None:
+            self._add_units(group, group.job, tensors)
+            return
         squares = sum(_squares(tensors[one.name].to(self.device), one.dim) for one in group.readers)
         assert isinstance(squares, Tensor)
         seen, sums = self._inputs.pop(group.module, None), self._sums.pop(group.module, None)
@@ -177,6 +204,31 @@ class ChoiceStream(BlockStream):
                 if tensor.ndim > 1 and (name, dim) not in reading and not name.endswith(".bias"):
                     self._made.feeding += _share(tensor, dim)
 
+    def _add_units(self, group: Group, job: Job, tensors: Mapping[str, Tensor]) -> None:
+        """Choose the units of a consumer, or note what speaks for each of them."""
+        coupling, reader = job.coupling, group.readers[0]
+        weight = tensors[reader.name].movedim(reader.dim, -1).to(self.device, torch.float32)
+        bias = None if reader.bias is None else tensors[reader.bias].to(self.device, torch.float32)
+        seen, sums = self._inputs.pop(group.module, None), self._sums.pop(group.module, None)
+        feeding = feeding_of(coupling, tensors)
+        salience = self.saliences.get((coupling.kind, coupling.consumer))
+        if self.channels.joint and coupling.heads is not None:
+            key = coupling.units, job.stay, weight.shape[1]
+            joint = self._joint.setdefault(key, _Joint(job, ChannelStatistics(weight.shape[1])))
+            if coupling.parts > joint.job.coupling.parts:
+                joint.job = job
+            squares = _squares(weight, 1)
+            joint.add(coupling.consumer, squares, seen, sums, feeding, salience)
+            return
+        gram = torch.eye(weight.shape[1] + 1, device=self.device)  # every input seen once, alone
+        if seen is not None and seen.gram is not None and sums is not None:
+            gram[:-1, :-1], gram[-1, -1] = seen.gram, float(seen.tokens)
+            gram[-1, :-1] = gram[:-1, -1] = sums.to(self.device)
+        question = question_of(
+            coupling, weight, bias, feeding.to(self.device, torch.float32), gram, self.damping, salience
+        )
+        self.units[coupling.consumer] = self.criterion.choose(question, coupling.units - job.stay).cpu()
+
     def _add_head(self, head: Group) -> None:
         names = [one.name for one in head.readers] or [f"{head.module}.weight"]
         squares = torch.zeros(self._made.channels, self._made.channels, device=self.device)
@@ -185,6 +237,36 @@ class ChoiceStream(BlockStream):
         seen = self._inputs.pop(head.module, None)
         sums = self._sums.pop(head.module, None)
         self._made.add(squares, None if seen is None else seen.gram, sums, 1 if seen is None else seen.tokens)
+
+
+@dataclass
+class _Joint:
+    """Units of which all blocks keep the same."""
+
+    job: Job
+    statistics: ChannelStatistics
+    consumers: list[str] = field(default_factory=list)
+    feeding: Tensor | None = None
+    salience: Tensor | None = None
+
+    def add(
+        self, consumer: str, squares: Tensor, seen: InputStatistics | None, sums: Tensor | None, feeding: Tensor,
+        salience: Tensor | None,
+    ) -> None:  # fmt: skip
+        self.statistics.add(squares, None if seen is None else seen.gram, sums, 1 if seen is None else seen.tokens)
+        share = feeding / feeding.sum().clamp_min(1e-300)
+        self.feeding = share if self.feeding is None else self.feeding + share
+        if salience is not None:
+            self.salience = salience if self.salience is None else self.salience + salience
+        self.consumers.append(consumer)
+
+    def choose(self, criterion: Criterion, damping: float) -> dict[str, Tensor]:
+        coupling = self.job.coupling
+        units = self.statistics.choose(
+            criterion, coupling.units - self.job.stay, damping, self.salience, columns=coupling.columns,
+            feeding=self.feeding, parts=coupling.parts,
+        ).cpu()  # fmt: skip
+        return dict.fromkeys(self.consumers, units)
 
 
 def _squares(weight: Tensor, dim: int) -> Tensor:

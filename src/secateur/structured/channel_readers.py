@@ -178,7 +178,7 @@ def find_head(
 ) -> Iterator[None]:
     """While it lasts, watch one forward of the whole model for what comes behind the blocks; then note it."""
     inside = tuple(f"{block.name}." for block in structure.blocks)
-    norms = {gain.module: name for name, gain in channels.gains.items() if not name.startswith(inside)}
+    norms = {gain.module: name for name, gain in channels.gains.items()}  # the last may be in the last block
     outer = {name.rpartition(".")[0]: 1 in dims for name, dims in channels.cuts.items() if not name.startswith(inside)}
     heads = [path for path, reads in outer.items() if reads and isinstance(model.get_submodule(path), nn.Linear)]
     normed: list[tuple[str, Tensor]] = []

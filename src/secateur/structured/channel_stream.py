@@ -6,12 +6,14 @@ for what really arrives to give what the dense one gave. A bias takes in the con
 the head shares its tensor with the embedding only the weight of the norm before it can be refitted: the factors s of
 its channels minimise |(Z~ ∘ s) E~^T - Z E^T|^2, outputs taken from their mean over the vocabulary, which no
 probability depends on.
+
+Where heads or neurons go along, what reads them is refitted in the same way: Z~ is then narrower by their columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -76,6 +78,8 @@ class ChannelStream(BlockStream):
     channels: Channels
     whole: Whole
     keep: Tensor
+    units: Mapping[str, Tensor] = field(default_factory=dict)
+    """Consumer -> units that stay, where some go along."""
     update: bool = True
     damping: float = 0.01
 
@@ -149,7 +153,7 @@ class ChannelStream(BlockStream):
         }:
             group = next(group for path, group in groups.items() if path in at)
             here = [lane for lane in lanes if _place(lane) == group.module]
-            fit = self._fit(here, group.module)
+            fit = self._fit(here, group)
             for reader in group.readers:
                 made = self._refit(reader, fit, self._whole_tensors)
                 final.update(made)
@@ -161,7 +165,10 @@ class ChannelStream(BlockStream):
         for matrix in block.matrices:
             zeros = int((final[matrix.name] == 0).sum())
             notes_here = list(notes.get(matrix.name, ()))
-            reports.append(PrunedMatrix(matrix.name, matrix.shape, zeros, zeros / matrix.size, None, notes_here))
+            stayed = self.units[matrix.name].tolist() if matrix.name in self.units else None
+            reports.append(
+                PrunedMatrix(matrix.name, matrix.shape, zeros, zeros / matrix.size, None, notes_here, stayed)
+            )
         return reports
 
     def _both(self, lane: Lane) -> None:
@@ -183,13 +190,14 @@ class ChannelStream(BlockStream):
     def _changed(self, block: Block, matrices: Sequence[PrunedMatrix]) -> set[str]:
         groups = self.channels.groups.get(block.index, ()) if self.update else ()
         biases = {one.bias for group in groups for one in group.readers if one.bias is not None}
-        return biases.union(self.channels.cuts).intersection(block.tensors)
+        return biases.union(self.channels.cuts, self.channels.unit_cuts()).intersection(block.tensors)
 
     # --- least squares -------------------------------------------------------------------------------------------
 
-    def _fit(self, lanes: Sequence[Lane], path: str) -> _Fit:
+    def _fit(self, lanes: Sequence[Lane], group: Group) -> _Fit:
         """T and the constant part for the inputs with which forwards have arrived."""
-        width, before = self.channels.after, self.channels.before
+        keep, before = self._stays(group)
+        width = len(keep)
         seen = InputStatistics(width + 1, "gram", device=self.device)
         cross = torch.zeros(width + 1, before, device=self.device)
         for lane in lanes:
@@ -198,13 +206,21 @@ class ChannelStream(BlockStream):
             try:
                 seen.update(rows)
             except CalibrationError as error:
-                raise CalibrationError(f"{error.message} at the input of {path}", hint=error.hint) from None
+                raise CalibrationError(f"{error.message} at the input of {group.module}", hint=error.hint) from None
             cross.addmm_(rows.t(), wanted)
         gram = seen.gram
         assert gram is not None
         start = torch.zeros(before, width + 1, device=self.device)
-        start[self.keep.to(self.device), torch.arange(width, device=self.device)] = 1
+        start[keep.to(self.device), torch.arange(width, device=self.device)] = 1
         return _Fit(gram, cross, start, self.damping)
+
+    def _stays(self, group: Group) -> tuple[Tensor, int]:
+        """The inputs of a group that stay, and how many there are in the dense model."""
+        if group.job is None:
+            return self.keep, self.channels.before
+        coupling = group.job.coupling
+        size = coupling.columns.numel()
+        return coupling.cuts[0].keep(self.units[coupling.consumer], size), size
 
     def _rows(self, lane: Lane) -> Tensor:
         self.store.unpark(lane.watcher)
@@ -221,14 +237,18 @@ class ChannelStream(BlockStream):
         matrix, constant = fit.solution(with_bias=reader.bias is not None)
         weight = dense[reader.name].to(self.device, torch.float32).movedim(reader.dim, -1)
         made = (weight @ matrix.t()).movedim(-1, reader.dim)
-        for dim in self.channels.cuts[reader.name]:
-            if dim != reader.dim:
-                made = made.index_select(dim, self.keep.to(self.device))
-        result = {reader.name: self._rounded(reader.name, made)}
+        result = {reader.name: self._rounded(reader.name, self._narrower(reader.name, made, but=reader.dim))}
         if reader.bias is not None:
             bias = dense[reader.bias].to(self.device, torch.float32) + weight @ constant
-            result[reader.bias] = self._rounded(reader.bias, bias)
+            result[reader.bias] = self._rounded(reader.bias, self._narrower(reader.bias, bias))
         return result
+
+    def _narrower(self, name: str, made: Tensor, *, but: int | None = None) -> Tensor:
+        """A tensor cut along everything that goes, but for one dimension."""
+        for dim in self.channels.cuts.get(name, ()):
+            if dim != but:
+                made = made.index_select(dim, self.keep.to(self.device))
+        return self._cut_binding.without_units(name, made, but=but)
 
     def _rounded(self, name: str, made: Tensor) -> Tensor:
         rounded = made.to(self.output_dtype(name)).cpu().contiguous()
@@ -251,11 +271,12 @@ class ChannelStream(BlockStream):
         if not here or self._head_done or self.channels.head is None:
             return
         head, whole = self.channels.head, self.whole
-        fit = self._fit(here, head.module)
+        fit = self._fit(here, head)
         for reader in head.readers:
             names = [reader.name] if reader.bias is None else [reader.name, reader.bias]
             self._cut_binding.solved.update(self._refit(reader, fit, whole.binding.load(names, whole.source)))
-        if not head.readers and self.channels.final is not None:
+        inside = any(self.channels.final in block.tensors for block in self.structure.blocks)
+        if not head.readers and self.channels.final is not None and not inside:  # a block is written by now
             self._refit_norm(head, self.channels.final, fit)
         for lane in here:
             for one in (lane, self._twins[lane]):
@@ -277,14 +298,16 @@ class ChannelStream(BlockStream):
         cross = (squares * fit.cross[:-1]).sum(dim=1, keepdim=True) * scale
         ones = torch.ones(1, len(self.keep), device=self.device)
         solved = quadratic(gram, cross, ones, self.damping).best(torch.arange(len(self.keep), device=self.device))[:, 0]
-        offset = self.channels.gains[final].offset
-        gain = self.binding.load([final], self.source)[final].to(self.device, torch.float32)
-        self._cut_binding.solved[final] = self._rounded(final, (gain + offset) * solved - offset)
+        gain = self.channels.gains[final]
+        for part, offset in ((final, gain.offset), (gain.bias, 0.0)):
+            if part is not None:
+                now = self.binding.load([part], self.source)[part].to(self.device, torch.float32)
+                self._cut_binding.solved[part] = self._rounded(part, (now + offset) * solved - offset)
 
     def _write_outside(self) -> None:
         """Cut tensors that belong to no block."""
         inside = {name for block in self.structure.blocks for name in block.tensors}
-        changed = set(self.channels.cuts) | set(self._cut_binding.solved)
+        changed = {*self.channels.cuts, *self.channels.unit_cuts(), *self._cut_binding.solved}
         units: dict[int, Unit] = {id(unit): unit for unit in self.binding.units}
         for unit in units.values():
             if changed.intersection(unit.names) and not inside.intersection(unit.names):

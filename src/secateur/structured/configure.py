@@ -25,6 +25,10 @@ from secateur.structured.entries import Entries, changed
 from secateur.structured.width_entries import attention_entries, neuron_entries
 
 Shapes = dict[str, tuple[int, ...]]
+HEADS_GO_WITH_CHANNELS = (
+    "where the size of a head is the hidden size by the number of heads, use --structure heads,hidden (or "
+    "kv-groups,hidden for whole groups): heads then go together with hidden channels, and keep their size"
+)
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,9 @@ def shrink(config: transformers.PreTrainedConfig, couplings: Sequence[Coupling],
             refused[group] = UnsupportedModelError(
                 f"the config of {model_class(config).__name__} has no entries for {count} of {own[0].units} "
                 f"{noun(own[0].kind)} in every block",
-                hint="this structure is bound to other sizes there; another --structure may be free",
-            )
+                hint="this structure is bound to other sizes there; another --structure may be free"
+                if own[0].heads is None else HEADS_GO_WITH_CHANNELS,
+            )  # fmt: skip
         else:
             found = more
     unsaid = [group for group in refused if group not in found.kept]

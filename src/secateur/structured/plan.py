@@ -16,7 +16,7 @@ from secateur.engine.binding import Binding
 from secateur.engine.blocks import Block, Structure, signature
 from secateur.engine.capture import copied_call
 from secateur.errors import SparsityError, UnsupportedModelError
-from secateur.structured.configure import Shrunk, noun, shapes_of, shrink
+from secateur.structured.configure import HEADS_GO_WITH_CHANNELS, Shrunk, noun, shapes_of, shrink
 from secateur.structured.couplings import Coupling, Kind, find_couplings
 from secateur.structured.expert_neurons import find_expert_neurons
 from secateur.structured.explore import Call, visit_blocks
@@ -188,11 +188,21 @@ def _of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Str
         raise UnsupportedModelError(
             f"no block has {noun(kind)} that can be removed"
             + (": the feed-forward networks are made of experts" if experts else ""),
-            hint="choose another --structure; without one, single weights are pruned",
+            hint=_where_heads_are(every) if kind == "heads" else _ANOTHER,
         )
     if len({coupling.units for coupling in found}) == 1:
         return found
     return [dataclasses.replace(coupling, group=f"{kind} of {coupling.units}") for coupling in found]
+
+
+_ANOTHER = "choose another --structure; without one, single weights are pruned"
+
+
+def _where_heads_are(every: Mapping[int, Sequence[Coupling]]) -> str:
+    """What to ask for where no group has several query heads."""
+    if not any(c.heads is not None and c.heads.each == 1 for couplings in every.values() for c in couplings):
+        return _ANOTHER
+    return f"each query head has keys and values of its own: use --structure kv-groups; {HEADS_GO_WITH_CHANNELS}"
 
 
 def _stay(coupling: Coupling, wanted: float, round_to: int) -> int:

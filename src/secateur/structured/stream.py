@@ -161,17 +161,13 @@ class UnitStream(BlockStream):
         self, coupling: Coupling, expert: int, spec: MatrixSpec, whole: Mapping[str, Tensor], seen: Seen | None
     ) -> Units:
         """What a criterion may know of the units of a consumer, and its least-squares problem."""
-        bias_name = bias_of(coupling)
-        bias = whole[bias_name].to(self.device, torch.float32) if bias_name in whole else None
+        bias = whole.get(bias_of(coupling))
         weight = spec.slices(whole[spec.name])[expert].to(self.device, torch.float32)
         seen = seen or Seen.blind(spec.in_features, self.device)
-        gram = seen.gram if bias is not None else seen.gram[:-1, :-1]
-        start = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
-        return Units(
-            weight=weight, columns=coupling.columns.to(self.device), feeding=self._feeding(coupling, expert, whole),
-            gram=seen.gram[:-1, :-1], sums=seen.gram[-1, :-1], tokens=float(seen.gram[-1, -1]),
-            problem=quadratic(gram, None, start, self.damping), parts=coupling.parts,
-            salience=self.saliences.get((coupling.kind, coupling.consumer)),
+        return question_of(
+            coupling, weight, None if bias is None else bias.to(self.device, torch.float32),
+            feeding_of(coupling, whole, expert).to(self.device, torch.float32), seen.gram, self.damping,
+            self.saliences.get((coupling.kind, coupling.consumer)),
         )  # fmt: skip
 
     def _choose(self, question: Units, job: Job) -> Tensor:
@@ -209,17 +205,6 @@ class UnitStream(BlockStream):
         if not torch.isfinite(rounded).all():
             raise RunError(f"{name} does not fit {rounded.dtype} any more", hint="use --dtype bfloat16 or float32")
         return rounded
-
-    def _feeding(self, coupling: Coupling, expert: int, whole: Mapping[str, Tensor]) -> Tensor:
-        total = torch.zeros(coupling.units, dtype=torch.float64)
-        for cut in coupling.cuts[1:]:
-            tensor, dim = whole[cut.name], cut.dim
-            if coupling.experts:
-                tensor, dim = tensor[expert], dim - 1
-            tensor = tensor.double().square()
-            along = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(dim=1)
-            total += along[cut.indices].sum(dim=1)
-        return total.to(self.device, torch.float32)
 
     def _put(self, spec: MatrixSpec, whole: Mapping[str, Tensor]) -> None:
         """Let the running model go on with what was solved."""
@@ -286,6 +271,45 @@ class Seen:
             self.statistics.update(rows)
         except CalibrationError as error:
             raise CalibrationError(f"{error.message} at the input of {name}", hint=error.hint) from None
+
+
+def question_of(
+    coupling: Coupling, weight: Tensor, bias: Tensor | None, feeding: Tensor, gram: Tensor, damping: float,
+    salience: Tensor | None,
+) -> Units:  # fmt: skip
+    """What a criterion may know of the units of a consumer, and its least-squares problem.
+
+    Args:
+        weight: (out, in), float32.
+        feeding: `feeding_of`.
+        gram: of the inputs with a column of ones behind them, (in + 1, in + 1).
+    """
+    start = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+    return Units(
+        weight=weight, columns=coupling.columns.to(weight.device), feeding=feeding, gram=gram[:-1, :-1],
+        sums=gram[-1, :-1], tokens=float(gram[-1, -1]),
+        problem=quadratic(gram[:-1, :-1] if bias is None else gram, None, start, damping), parts=coupling.parts,
+        salience=salience,
+    )  # fmt: skip
+
+
+def feeding_of(coupling: Coupling, tensors: Mapping[str, Tensor], expert: int = 0) -> Tensor:
+    """Sum of squares of the weights that go with each unit, beside the consumer's; (units,) float64.
+
+    Args:
+        tensors: all of the block by name; what lies outside it is not counted.
+    """
+    total = torch.zeros(coupling.units, dtype=torch.float64)
+    for cut in coupling.cuts[1:]:
+        if cut.name not in tensors:
+            continue
+        tensor, dim = tensors[cut.name], cut.dim
+        if coupling.experts:
+            tensor, dim = tensor[expert], dim - 1
+        tensor = tensor.double().square()
+        along = tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(dim=1)
+        total += along[cut.indices.to(along.device)].sum(dim=1).cpu()
+    return total
 
 
 def _place(event: AtMatrix) -> tuple[str, int]:

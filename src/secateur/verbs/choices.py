@@ -42,6 +42,8 @@ class Choices:
     """Hidden channels that stay, ascending."""
     scales: dict[str, float] = field(default_factory=dict)
     """Factor of each norm's weight."""
+    units: dict[str, Tensor] = field(default_factory=dict)
+    """Consumer -> units that stay, ascending, where some go along with the hidden channels."""
     saliences: dict[Key, Tensor] = field(default_factory=dict)
     """By kind and consumer: scores of units from gradients."""
 
@@ -84,6 +86,9 @@ def gradient_scores(
         for coupling in shape.width.couplings:
             cuts[coupling.kind, coupling.consumer] = [replace(cut, name=names(cut.name)) for cut in coupling.cuts]
     if shape.hidden is not None:
+        for job in shape.hidden.every_job():
+            named = [replace(cut, name=names(cut.name)) for cut in job.coupling.cuts]
+            cuts[job.coupling.kind, job.coupling.consumer] = named
         number = torch.arange(shape.hidden.before)[:, None]
         cuts[CHANNELS] = [Cut(name, dim, number) for name, dims in shape.hidden.cuts.items() for dim in dims]
     model = load_model(folder, device=str(device), dtype="float32")
@@ -130,16 +135,17 @@ def _sequences(
 
 def choose_channels(
     channels: Channels, model: transformers.PreTrainedModel, structure: Structure, binding: Binding,
-    reader: CheckpointReader, criterion: Criterion, salience: Tensor | None, batches: Sequence[Mapping[str, Tensor]],
-    store: ActivationStore, device: torch.device, compute: torch.dtype, reporter: Reporter,
+    reader: CheckpointReader, criterion: Criterion, saliences: Mapping[Key, Tensor],
+    batches: Sequence[Mapping[str, Tensor]], store: ActivationStore, device: torch.device, compute: torch.dtype,
+    reporter: Reporter,
 ) -> Choices:  # fmt: skip
-    """The channels that stay and the factors of the norms, from one dense forward over ``batches``, streamed."""
+    """Channels and units that stay and the factors of the norms, from one dense forward over ``batches``, streamed."""
     stored = Stored(reader)
     stream = ChoiceStream(
         model, structure, binding, stored, NoSink(stored), make_method("magnitude"), Plan(), store, device, compute,
-        reporter=reporter, channels=channels,
+        reporter=reporter, channels=channels, criterion=criterion, saliences=saliences,
     )  # fmt: skip
     seen = stream.look(batches)
-    keep = seen.choose(criterion, channels.before - channels.after, 0.01, salience)
+    keep = seen.choose(criterion, channels.before - channels.after, 0.01, saliences.get(CHANNELS))
     trim_memory()
-    return Choices(keep, channels.scales(seen.energy, keep))
+    return Choices(keep, channels.scales(seen.energy, keep), stream.units)

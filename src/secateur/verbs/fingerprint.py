@@ -24,6 +24,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "recipe": recipe,
         "blocks": job.shape.depth.kept if job.shape.depth else None,
         "channels": job.choices.keep.tolist() if job.choices.keep is not None else None,
+        "units": {name: units.tolist() for name, units in job.choices.units.items()},
         "allocation": {name: target.sparsity for name, target in job.plan.targets.items()},
         "split": job.shape.split.record if job.shape.split else None,
         "source_sha256": job.source_hash,

@@ -51,7 +51,7 @@ from secateur.structured.configure import cut_shapes, shapes_of
 from secateur.structured.entries import apply_changes, as_spelled
 from secateur.verbs.asked import options_of
 from secateur.verbs.calibration import Calibration, Data, load_calibration
-from secateur.verbs.choices import CHANNELS, Choices, check_gradients, choose_channels, gradient_scores
+from secateur.verbs.choices import Choices, check_gradients, choose_channels, gradient_scores
 from secateur.verbs.dividing import divide
 from secateur.verbs.fingerprint import config_digest, fingerprint
 from secateur.verbs.shape import Model, Shape, plan_shape
@@ -133,9 +133,9 @@ class Job:
         """The tensors of the model with fewer hidden channels."""
         hidden, keep = self.shape.hidden, self.choices.keep
         assert hidden is not None
-        keep = hidden.spread() if keep is None else keep
+        keep, units = (hidden.spread(), hidden.spread_units()) if keep is None else (keep, self.choices.units)
         return CutBinding(
-            hidden.shrunk.skeleton, self.reader.keys, self.binding, hidden, keep, self.choices.scales
+            hidden.shrunk.skeleton, self.reader.keys, self.binding, hidden, keep, self.choices.scales, units
         )  # fmt: skip
 
     @property
@@ -314,10 +314,10 @@ def _choose(job: Job, scratch: Path, reporter: Reporter) -> None:
     if shape.hidden is not None:
         store = ActivationStore(activation_limit(job.recipe.activation_memory), scratch)
         chosen = choose_channels(
-            shape.hidden, job.model, job.structure, job.binding, job.reader, criterion, made.saliences.get(CHANNELS),
+            shape.hidden, job.model, job.structure, job.binding, job.reader, criterion, made.saliences,
             job.calibration.batches, store, job.device, job.compute, reporter,
         )  # fmt: skip
-        made.keep, made.scales = chosen.keep, chosen.scales
+        made.keep, made.scales, made.units = chosen.keep, chosen.scales, chosen.units
     job.choices = made
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -28,8 +28,9 @@ from secateur.plugins import Chooser, Criterion, GradientCriterion, make_method
 from secateur.progress import Recorder
 from secateur.recipe import Recipe
 from secateur.structured import block_choice
-from secateur.structured.channel_plan import plan_channels
+from secateur.structured.channel_plan import plan_channels, plan_channels_with_units
 from secateur.structured.channels import Channels
+from secateur.structured.couplings import Kind
 from secateur.structured.depth import DepthPlan, other_choices, row_counts, without_blocks
 from secateur.structured.entries import changed
 from secateur.structured.experts import ExpertPlan, plan_experts
@@ -72,15 +73,16 @@ class Shape:
     @property
     def lines(self) -> list[str]:
         """The plan in words."""
-        parts = [part.line() for part in (self.depth, self.experts, self.hidden) if part]
+        parts = [part.line() for part in (self.depth, self.experts) if part]
         budget = self.split.lines() if self.split else []
-        return budget + parts + (self.width.lines() if self.width else [])
+        hidden = self.hidden.lines() if self.hidden else []
+        return budget + parts + hidden + (self.width.lines() if self.width else [])
 
     @property
     def units(self) -> dict[str, list[int]]:
         """By structure: units of a block before and after; hidden channels of the whole model."""
         made = {"experts": [self.experts.experts, self.experts.stay]} if self.experts else {}
-        made |= {"hidden": [self.hidden.before, self.hidden.after]} if self.hidden else {}
+        made |= self.hidden.units() if self.hidden else {}
         return made | ({kind: list(counts) for kind, counts in self.width.units.items()} if self.width else {})
 
 
@@ -157,16 +159,18 @@ def plan_shape(
         shape.width = plan_counts(
             config, model.skeleton, model.structure, model.binding, model.reader, couplings, shape.split.kept
         )
-    elif kinds and sparsity and recipe.budget is None:
+    elif kinds and sparsity and recipe.budget is None and "hidden" not in recipe.structure:
         left = sum(matrix.size for matrix in model.structure.matrices)
         shape.width = plan_widths(
             config, model.skeleton, model.structure, model.binding, model.reader, kinds,
             sparsity * len(kinds) / every * total / left, recipe.round_to,
         )  # fmt: skip
     if "hidden" in recipe.structure and sparsity:
-        shape.hidden = plan_channels(
-            config, model.skeleton, model.structure, model.binding, model.reader, sparsity, recipe.round_to
-        )
+        opened = config, model.skeleton, model.structure, model.binding, model.reader
+        if kinds:  # heads or groups, of which the recipe allows one beside them
+            shape.hidden = plan_channels_with_units(*opened, cast(Kind, kinds[0]), sparsity)
+        else:
+            shape.hidden = plan_channels(*opened, sparsity, recipe.round_to)
         for name in shape.hidden.loose if recipe.update else ():
             reporter.warn(f"{name} loses channels without a refit: where its input comes from was not found")
     for line in shape.lines:

@@ -42,7 +42,8 @@ def make_stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter
         return ChannelStream(
             small, find_structure(small), job.cut_binding(), job.reader, sink, make_method("magnitude"), job.plan,
             store, job.device, job.compute, job.recipe.seed, reporter, channels=hidden, keep=keep,
-            update=job.recipe.update, whole=Whole(job.model, job.structure, job.binding, Stored(job.reader)),
+            units=job.choices.units, update=job.recipe.update,
+            whole=Whole(job.model, job.structure, job.binding, Stored(job.reader)),
         )  # fmt: skip
     jobs = width.jobs if width is not None else {}
     criterion = job.method if isinstance(job.method, Criterion) else None  # at sparsity 0 nothing is chosen
