@@ -2,7 +2,7 @@
 
 When the matrices of a block (or of its first half, then of the other) are pruned, the weights that stay, with norms and
 biases, take a few passes of Adam over the calibration batches: from the inputs that really arrive, the output of the
-block shall be the dense model's. Every eighth batch is held out, and the state with the least error there stays, be it
+block shall be the dense model's. Every sixteenth batch is held out, and the state with the least error there stays, be it
 the one before the training. Zeros stay zero, and no graph spans more than one block.
 
 Source: EBFT (Guo et al. 2024, arXiv 2402.12419), with three differences: targets come from dense inputs rather than
@@ -30,7 +30,7 @@ from secateur.errors import UsageError
 from secateur.methods._common import is_identity
 from secateur.result import PrunedMatrix
 
-HELD_OUT = 8
+HELD_OUT = 16
 """One of so many calibration batches is held out; of fewer, the last."""
 
 
@@ -234,7 +234,7 @@ class CorrectingReconstructingStream(Reconstructing[DenseInputs], CorrectingStre
 
 
 def held_out(batches: int) -> list[int]:
-    """Numbers of the batches that are not learned from: every eighth, or of fewer the last."""
+    """Numbers of the batches that are not learned from: every sixteenth, or of fewer the last."""
     return list(range(HELD_OUT - 1, batches, HELD_OUT)) or [batches - 1]
 
 

@@ -46,7 +46,9 @@ class UnitStream(BlockStream):
     criterion: Criterion | None = None
     update: bool = True
     """Whether what stays is refitted; else it keeps its values."""
-    damping: float = 0.01
+    damping: float = 0.1
+    """lambda of the refit as a share of the mean diagonal. On unseen tokens of the demo model the error of down_proj is
+    1 to 4 % less with 0.1 than with 0.01 in the blocks looked at, but for the last ones (2 % more)."""
     saliences: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
     """By kind and consumer: scores of units from gradients, for a criterion that wants them."""
 
