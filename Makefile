@@ -61,7 +61,7 @@ kernels-sanitize: ## Run the kernels on guarded memory, then under AddressSaniti
 demo: $(VENV)/secateur ## Prune a real model twice, half of its weights and a fifth of its neurons, and compare on one page
 	@$(have_kernels) || { command -v $(CXX) >/dev/null && $(MAKE) --no-print-directory kernels; } || \
 	  echo "$(no_kernels)" >&2
-	$(BIN)/secateur prune demo -o $(OUT) --no-evaluate --overwrite $(ARGS)
+	$(BIN)/secateur prune demo -o $(OUT) --method sparsegpt --no-evaluate --overwrite $(ARGS)
 	$(BIN)/secateur prune demo -o $(OUT)-smaller --structure ffn --sparsity 0.2 --no-evaluate --overwrite
 	$(BIN)/secateur export $(OUT) -o $(OUT)-sparse --format sparse --bits 8 --overwrite
 	$(BIN)/secateur export demo -o $(OUT)-dense --format sparse --bits 8 --force --overwrite

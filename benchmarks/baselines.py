@@ -16,7 +16,10 @@ from pathlib import Path
 
 import _common
 
-MODELS = {"sparse": ["--sparsity", "0.5"], "smaller": ["--structure", "ffn", "--sparsity", "0.2"]}
+MODELS = {
+    "sparse": ["--method", "sparsegpt", "--sparsity", "0.5"],
+    "smaller": ["--structure", "ffn", "--sparsity", "0.2"],
+}
 COLUMNS = {
     "bytes_disk": "file MB", "bytes_resident": "memory MB", "flops_per_token": "MFLOP a token",
     "perplexity": "perplexity",

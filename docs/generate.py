@@ -225,6 +225,7 @@ def shown(column: str, value: object) -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/methods.md": {
+        "combinations": lambda: plugin_details("combinations", "method"),
         "methods": lambda: plugin_table("methods"),
         "reconstruct options": reconstruct_options,
         "allocation": lambda: plugin_table("allocation"),

@@ -11,8 +11,10 @@ from typing import Any
 
 from secateur.allocation_file import is_file
 from secateur.budgets import parse_budget
+from secateur.combinations import best
 from secateur.errors import RecipeError, SparsityError, UnknownNameError
 from secateur.patterns import Pattern, check_sparsity, parse_pattern
+from secateur.recipe_values import checked
 
 DEFAULT_SPARSITY = 0.5
 DEFAULT_SAMPLES = 128
@@ -31,6 +33,8 @@ RECONSTRUCTS = ("ffn", "kv-groups", "heads")
 DEPTH_WAYS = ("auto", "greedy", "influence", "angular")
 BITS, GROUP_SIZES = (8, 4), (64, 128)
 """Of rounded weights, and how many may share a scale."""
+STANDS_FOR = ("auto", "best")
+"""Methods that are names for something else, which a recipe puts in their place."""
 RECONSTRUCTED = ("none", "block", "half-block")
 """What --reconstruct can train in one go."""
 
@@ -51,8 +55,8 @@ class Recipe:
     """What to prune and how. A field left at None takes its default when the model is known."""
 
     method: str = "auto"
-    """Pruning method; `secateur methods` lists them. auto is sparsegpt; with --structure obs, for experts reap. Blocks
-    are chosen by --depth-by instead."""
+    """Pruning method; `secateur methods` lists them. auto is best, which stands for alps with --error-correction auto;
+    with --structure it is obs, for experts reap. Blocks are chosen by --depth-by instead."""
     method_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method, as KEY=VALUE; `secateur methods NAME` lists them."""
     sparsity: float | None = None
@@ -76,10 +80,11 @@ class Recipe:
     """Solve the kept weights anew by least squares once the zeros are known. Default: on where the method has the Gram
     matrix of the inputs (sparsegpt, admm, alps); for any other method --refit gathers it. --no-refit is the published
     method."""
-    error_correction: str = "off"
+    error_correction: str | None = None
     """Prune towards what the dense model gives behind each matrix, so that earlier errors are made good: a share of the
-    correction from 0 to 1, or auto to choose it for each matrix on calibration text that is held out. It takes a dense
-    forward beside the other one, and a method with the Gram matrix of the inputs."""
+    correction from 0 to 1, auto to choose it for each matrix on calibration text that is held out, or off. It takes a
+    dense forward beside the other one, and a method with the Gram matrix of the inputs. Default: off where a method is
+    named, auto with --method best."""
     reconstruct: str = "none"
     """After a block is pruned, train what is left of it on the calibration data until it gives the dense block's
     outputs: block, half-block (attention first, then the rest), or none. The best state on data held out stays."""
@@ -124,9 +129,7 @@ class Recipe:
             object.__setattr__(self, "structure", ("auto",))
         pattern = parse_pattern(self.pattern)
         self._check_structure()
-        if self.method == "auto" and {*self.structure} != {"depth"}:
-            units = "reap" if "experts" in self.structure else "obs"
-            object.__setattr__(self, "method", units if self.structure else "sparsegpt")
+        self._resolve()
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
             implied = pattern.sparsity
@@ -148,6 +151,29 @@ class Recipe:
             if value is not None and value < 1:
                 raise RecipeError(f"{name} is {value}", hint=f"{name} must be at least 1")
 
+    def _resolve(self) -> None:
+        """Put what is meant in the place of the names that stand for something, and keep what was asked."""
+        asked = {"method": self.method, "error_correction": self.error_correction}
+        object.__setattr__(self, "_asked", asked)
+        method, correction = self.method, self.error_correction
+        if method in STANDS_FOR and {*self.structure} != {"depth"}:
+            units = "reap" if "experts" in self.structure else "obs"
+            method = units if self.structure else best.METHOD
+            correction = best.ERROR_CORRECTION if correction is None and not self.structure else correction
+        object.__setattr__(self, "method", method)
+        object.__setattr__(self, "error_correction", "off" if correction is None else correction)
+
+    @property
+    def combination(self) -> str | None:
+        """The name of the combination that method and error correction were taken from; None where there is none."""
+        named = self.__dict__["_asked"]["method"] in STANDS_FOR
+        return "best" if named and not self.structure else None
+
+    def as_asked(self) -> dict[str, Any]:
+        """`to_dict` with names that stand for something as they were given: what other settings are laid over."""
+        asked: dict[str, Any] = self.__dict__["_asked"]
+        return self.to_dict() | asked
+
     @property
     def correction(self) -> float | str:
         """Share of the error correction, or off or auto.
@@ -155,16 +181,15 @@ class Recipe:
         Raises:
             RecipeError: when it is neither off nor auto nor a number from 0 to 1.
         """
-        if self.error_correction in ("off", "auto"):
-            return self.error_correction
+        asked = "off" if self.error_correction is None else self.error_correction
+        if asked in ("off", "auto"):
+            return asked
         try:
-            share = float(self.error_correction)
+            share = float(asked)
         except ValueError:
             share = -1.0
         if not 0 <= share <= 1:
-            raise RecipeError(
-                f"error_correction is '{self.error_correction}'", hint="give off, auto, or a share from 0 to 1"
-            )
+            raise RecipeError(f"error_correction is '{asked}'", hint="give off, auto, or a share from 0 to 1")
         return share
 
     def _check_bits(self) -> None:
@@ -215,7 +240,7 @@ class Recipe:
             )
         if self.depth_by not in DEPTH_WAYS:
             raise UnknownNameError("way to choose blocks", self.depth_by, DEPTH_WAYS)
-        self.refuse_unused(f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default_of(f))
+        self.refuse_unused(f.name for f in dataclasses.fields(self) if not is_default(f, getattr(self, f.name)))
 
     def refuse_unused(self, names: Iterable[str]) -> None:
         """Refuse the fields among ``names`` that have no meaning beside the others.
@@ -310,67 +335,20 @@ class Recipe:
                 close = difflib.get_close_matches(key, sorted(known), n=1)
                 hint = f"did you mean '{close[0]}'?" if close else f"known keys: {', '.join(sorted(known))}"
                 raise RecipeError(f"{where}: unknown key '{raw_key}'", hint=hint)
-            values[key] = _checked(key, value, where)
+            values[key] = _overrides(value, where) if key == "overrides" else checked(key, value, where)
         return cls(**values)
 
 
-def _default_of(entry: dataclasses.Field[Any]) -> Any:
-    if entry.default_factory is not dataclasses.MISSING:
-        return entry.default_factory()
-    return entry.default
+def is_default(entry: dataclasses.Field[Any], value: Any) -> bool:
+    """Whether a field of a recipe asks for nothing, a named method given: then no error correction is its default."""
+    default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+    return bool(value == default or (entry.name == "error_correction" and value == "off"))
 
 
-_STRINGS = {"method", "budget", "depth_by", "pattern", "reconstruct", "allocation", "calibration", "device", "dtype"}
-_INTEGERS = {"samples", "sequence_length", "seed", "round_to", "bits", "group_size"}
-
-
-def _checked(key: str, value: Any, where: str) -> Any:
-    """Bring one value to its type, or say which key is wrong."""
-
-    def refuse(expected: str) -> RecipeError:
-        return RecipeError(f"{where}: {key} is {value!r}", hint=f"{key} must be {expected}")
-
-    if value is None:
-        if key in {"samples", "sequence_length", "sparsity", "budget", "refit", "bits", "group_size"}:
-            return None
-        raise refuse("set; leave the line out for the default")
-    if key in _STRINGS or key == "compute_dtype":
-        if key == "pattern" and isinstance(value, int):  # YAML 1.1 reads 2:4 as the base-60 number 124
-            raise RecipeError(f"{where}: pattern is the number {value}", hint='write N:M in quotes: pattern: "2:4"')
-        if not isinstance(value, str):
-            raise refuse("a text")
-    elif key in _INTEGERS:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise refuse("a whole number")
-    elif key == "sparsity":
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise refuse("a number in [0, 1)")
-        return float(value)
-    elif key in {"update", "refit"}:
-        if not isinstance(value, bool):
-            raise refuse("true or false")
-    elif key == "structure":
-        parts = value.split(",") if isinstance(value, str) else value
-        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-            raise refuse("a name, or several divided by commas")
-        return tuple(name.strip() for part in parts for name in part.split(","))
-    elif key in {"targets", "ignore"}:
-        if isinstance(value, str):
-            return (value,)
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise refuse("a list of patterns")
-        return tuple(value)
-    elif key in {"method_options", "allocation_options", "reconstruct_options"}:
-        if not isinstance(value, Mapping):
-            raise refuse("a mapping of option names to values")
-        return dict(value)
-    elif key == "overrides":
-        if not isinstance(value, list | tuple):
-            raise refuse("a list of {match, sparsity}")
-        return tuple(_override(item, where) for item in value)
-    elif key in {"activation_memory", "error_correction"}:
-        return "off" if value is False else str(value)  # YAML 1.1 reads off as false
-    return value
+def _overrides(value: Any, where: str) -> tuple[Override, ...]:
+    if not isinstance(value, list | tuple):
+        raise RecipeError(f"{where}: overrides is {value!r}", hint="overrides must be a list of {match, sparsity}")
+    return tuple(_override(item, where) for item in value)
 
 
 def _override(item: Any, where: str) -> Override:

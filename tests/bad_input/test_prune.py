@@ -211,7 +211,7 @@ def test_activation_that_is_not_finite_is_named(model: Path, tmp_path: Path) -> 
     weights["model.layers.0.mlp.up_proj.weight"][:] = 3e38  # finite, but not for long
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CalibrationError, match=r"model\.layers\.0\.mlp\.down_proj\.weight"):
-        secateur.prune(model, tmp_path / "out", samples=4, sequence_length=32, evaluate=False)
+        secateur.prune(model, tmp_path / "out", method="sparsegpt", samples=4, sequence_length=32, evaluate=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -113,7 +113,16 @@ def test_generate_prints_the_text_as_it_is(run, verb):
 
 
 def test_methods_lists_every_plugin_with_its_line(run):
-    kinds = ("methods", "criteria", "expert_criteria", "allocation", "schedules", "conversions", "formats")
+    kinds = (
+        "combinations",
+        "methods",
+        "criteria",
+        "expert_criteria",
+        "allocation",
+        "schedules",
+        "conversions",
+        "formats",
+    )
     found = {kind: available(kind) for kind in kinds}
     assert len(found["methods"]) >= 4
     out = run("methods").out

@@ -198,9 +198,9 @@ def test_a_fault_of_the_file_is_one_even_where_a_flag_would_replace_it(tmp_path)
 @pytest.mark.parametrize(
     ("model", "recipe", "name"),
     [
-        ("demo", Recipe(), "demo-sparsegpt-0.5"),
+        ("demo", Recipe(), "demo-alps-0.5"),
         ("folder/model-x/", Recipe(method="wanda", sparsity=0.25), "model-x-wanda-0.25"),
-        ("owner/model", Recipe(pattern="2:4"), "model-sparsegpt-2-4"),
+        ("owner/model", Recipe(pattern="2:4"), "model-alps-2-4"),
         ("a/b.Q4_1.gguf", Recipe(method="magnitude"), "b.Q4_1-magnitude-0.5"),
     ],
 )
@@ -213,7 +213,7 @@ def test_the_default_folder_tells_what_is_in_it(run, pruning, model, recipe, nam
 def test_the_default_folder_of_the_current_folder_is_named_after_it(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    assert command.default_out(".", Recipe()) == Path("here-sparsegpt-0.5")
+    assert command.default_out(".", Recipe()) == Path("here-alps-0.5")
 
 
 def test_the_switches_reach_the_verb(run, pruning):

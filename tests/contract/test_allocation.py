@@ -51,7 +51,7 @@ def shares(rule, sparsity):
 def test_every_file_is_a_rule():
     files = {path.stem for path in Path(secateur.allocation.__file__).parent.glob("[!_]*.py")}
     assert files == {name.replace("-", "_") for name in NAMES}
-    assert {"uniform", "owl", "alpha", "sensitivity"} <= files
+    assert {"uniform", "owl", "alpha", "sensitivity", "evolve"} <= files
 
 
 @pytest.mark.parametrize("name", NAMES)

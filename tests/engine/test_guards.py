@@ -36,7 +36,8 @@ class _StopAfterOneBlock(Reporter):
 
 
 def _prune(model: Any, out: Path, **options: Any) -> Any:
-    options = {"calibration": calibration_for("llama"), "verify": False, "evaluate": False, **options}
+    options = {"method": "sparsegpt", "calibration": calibration_for("llama"), "verify": False, **options}
+    options.setdefault("evaluate", False)
     return secateur.prune(model, out, **options)
 
 

@@ -37,7 +37,8 @@ WATCHED = [
 
 def _prune(folder: Path, out: Path, **options: Any) -> None:
     torch.set_num_threads(1)  # the same in parent and children: another number of threads may round differently
-    secateur.prune(folder, out, calibration=calibration_for("llama"), verify=False, evaluate=False, **options)
+    options = {"method": "sparsegpt", "calibration": calibration_for("llama"), **options}
+    secateur.prune(folder, out, verify=False, evaluate=False, **options)
 
 
 def _count_calls(before: Callable[[int], None], after: Callable[[int], None]) -> None:

@@ -158,10 +158,11 @@ def test_shards_and_in_memory_models_change_nothing(tmp_path: Path) -> None:
     states = []
     for index, model in enumerate([whole, shards, tiny_model("llama")]):
         out = tmp_path / f"out{index}"
-        secateur.prune(model, out, calibration=ids, verify=False, evaluate=False)
+        secateur.prune(model, out, method="sparsegpt", calibration=ids, verify=False, evaluate=False)
         states.append(type(tiny_model("llama")).from_pretrained(out).state_dict())
     inside = tiny_model("llama")
-    assert secateur.prune(inside, calibration=ids, verify=False, evaluate=False).sparsity == 0.5
+    settings = {"method": "sparsegpt", "calibration": ids, "verify": False, "evaluate": False}
+    assert secateur.prune(inside, **settings).sparsity == 0.5
     states.append(inside.state_dict())
     assert [path.name for path in sorted((tmp_path / "out1").glob("*.safetensors"))] == [
         path.name for path in sorted(shards.glob("*.safetensors"))

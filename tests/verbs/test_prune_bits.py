@@ -36,7 +36,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pruned(model: Path, out: Path, family: str = "llama", **settings: Any) -> Any:
-    settings = {"calibration": calibration_for(family, rows=48), "compute_dtype": "float32", **settings}
+    plain = {"method": "sparsegpt", "calibration": calibration_for(family, rows=48), "compute_dtype": "float32"}
+    settings = {**plain, **settings}
     return secateur.prune(model, out, verify=False, evaluate=False, **settings)
 
 

@@ -26,7 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pruned(model: Path, out: Path, way: str, options: dict[str, Any] | None = None, **settings: Any) -> Any:
-    settings = {"calibration": calibration_for("llama", rows=128), "compute_dtype": "float32", **settings}
+    plain = {"method": "sparsegpt", "calibration": calibration_for("llama", rows=128), "compute_dtype": "float32"}
+    settings = {**plain, **settings}
     settings |= {"reconstruct": way, "reconstruct_options": options or {}} if way != "none" else {}
     return secateur.prune(model, out, verify=False, evaluate=False, **settings)
 
@@ -168,7 +169,8 @@ def test_a_resumed_run_ends_like_one_that_went_through(
 def test_a_model_in_memory_takes_over_norms_as_well(model: Path, tmp_path: Path) -> None:
     pruned(model, tmp_path / "out", "half-block", {"learning_rate": RATE})
     held = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    settings = {"calibration": calibration_for("llama", rows=128), "compute_dtype": "float32"}
+    ids = calibration_for("llama", rows=128)
+    settings = {"method": "sparsegpt", "calibration": ids, "compute_dtype": "float32"}
     secateur.prune(held, reconstruct="half-block", reconstruct_options={"learning_rate": RATE}, verify=False,
                    evaluate=False, **settings)  # fmt: skip
     wanted = weights_of(tmp_path / "out")

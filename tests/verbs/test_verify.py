@@ -26,7 +26,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _prune(model: Path, out: Path, **options: Any) -> Any:
-    return secateur.prune(model, out, calibration=calibration_for("llama"), evaluate=False, **options)
+    options = {"method": "sparsegpt", "calibration": calibration_for("llama"), **options}
+    return secateur.prune(model, out, evaluate=False, **options)
 
 
 def _tamper(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:

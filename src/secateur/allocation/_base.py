@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -56,7 +57,8 @@ class Allocation(Protocol):
     One that measures the model has two methods more: ``measure(look)`` returns a small tensor for each matrix, when
     its inputs have come. ``of_block(measured)``, where there is one, makes one tensor of all of a block, so that what
     it needs of each matrix may be large. With ``gradients`` true, ``sequences`` and ``length`` say how much text the
-    loss is taken on, and ``solver`` is the name of the method that `Look.solve` uses.
+    loss is taken on, and ``solver`` is the name of the method that `Look.solve` uses. One that goes on by the loss
+    of the whole model is a `Searching` rule.
     """
 
     needs: Need
@@ -81,6 +83,42 @@ class WithGradients(Measuring, Protocol):
     sequences: int
     length: int
     solver: str
+
+
+class Bench(Protocol):
+    """Measures whole models whose matrices are at the levels that a rule has tried."""
+
+    generator: random.Random
+    windows: int
+    """How many calibration windows there are."""
+
+    def loss(self, levels: Mapping[str, int], windows: Sequence[int]) -> float:
+        """Mean over the tokens of some windows, by number; ``levels`` has one for each matrix, by its place in
+        `Searching.tried`.
+        """
+
+    def tell(self, loss: float) -> None:
+        """One more step is done, and this is the lowest loss so far."""
+
+
+@runtime_checkable
+class Searching(WithGradients, Protocol):
+    """A rule that goes on by the loss of the whole model, of what `Look.solve` made in ``measure``."""
+
+    generations: int
+    """Steps of the search; with 0 there is none."""
+    windows: int
+    """Calibration windows of ``length`` tokens that it wants, at most."""
+    forwards: int
+    """Windows that it runs through the model, at most."""
+
+    def tried(self, sparsity: float) -> list[float]:
+        """The sparsities that ``measure`` asks `Look.solve` for, the same for every matrix, ascending."""
+
+    def refine(
+        self, shares: Sequence[Share], start: Mapping[str, float], sparsity: float, bench: Bench
+    ) -> dict[str, float]:
+        """A better division than ``start``, which `allocate` made, with the same mean."""
 
 
 def make_allocation(name: str, options: Mapping[str, object] | None = None) -> Allocation:

@@ -13,6 +13,7 @@ from secateur.errors import UnknownNameError
 from secateur.plugins import available, describe
 
 KINDS = {
+    "combinations": "method",
     "methods": "method",
     "criteria": "method for --structure",
     "expert_criteria": "method for --structure experts",

@@ -303,7 +303,7 @@ def parse_overrides(texts: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def default_out(model: str, recipe: Recipe) -> Path:
-    """The folder to write when none is given: ``demo-wanda-0.5``, ``Llama-3.2-1B-sparsegpt-2-4``, ``demo-bytes-0.75``.
+    """The folder to write when none is given: ``demo-wanda-0.5``, ``Llama-3.2-1B-alps-2-4``, ``demo-bytes-0.75``.
 
     Raises:
         UsageError: when no name can be made from MODEL.

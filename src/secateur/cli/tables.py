@@ -338,7 +338,7 @@ def plugin(description: Description) -> RenderableType:
     """All that one plug-in says about itself, options last."""
     parts: list[RenderableType] = [Text(description.name, style="bold"), Text(description.doc), Text()]
     if not description.options:
-        return Group(*parts, Text("It has no options."))
+        return Group(*parts, Text("It has no options of its own."))
     table = Table(show_edge=False, pad_edge=False)
     for title in ("option", "type", "default", ""):
         table.add_column(title, no_wrap=title != "")

@@ -28,11 +28,14 @@ FIXED = 0.5
 
 
 class DenseInputs(Spilled):
-    """Inputs of the matrices of one block in the dense forward of one batch, by name of the matrix."""
+    """Inputs of the matrices of one block in the dense forward of one batch, by name of the matrix.
+
+    They are in the order in which they came: a matrix may be used more than once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.inputs: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, list[torch.Tensor]] = {}
         self._last: tuple[torch.Tensor, int, torch.Tensor] | None = None
 
     def keep(self, event: AtMatrix) -> None:
@@ -43,7 +46,7 @@ class DenseInputs(Spilled):
                 copied = event.input.clone()
             self.watcher.remember(copied)
             last = self._last = event.input, event.input._version, copied
-        self.inputs[event.name] = last[2]
+        self.inputs.setdefault(event.name, []).append(last[2])
 
     def close(self) -> None:
         """The forward has left the block."""
@@ -62,6 +65,8 @@ class CorrectingStream(PairedStream[DenseInputs]):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.observes_dense = True
+        matrices = self.structure.matrices
+        self._corrected = {one.name for one in matrices if one.name in self.plan.targets and not one.experts}
 
     def run(self, batches: list[Inputs], probe: Inputs | None = None) -> StreamResult:  # type: ignore[override]
         """As `BlockStream.run`, with a dense forward for every batch."""
@@ -78,7 +83,7 @@ class CorrectingStream(PairedStream[DenseInputs]):
         lane.keep_output = self.keeps_output
         self._advance(lane)
         while isinstance(lane.event, AtMatrix):
-            if lane.event.name in self.plan.targets and not lane.event.expert:
+            if lane.event.name in self._corrected:
                 self.store.unpark(lane.watcher)
                 kept.keep(lane.event)
             self._advance(lane)
@@ -115,18 +120,28 @@ class CorrectingSolver(Solver):
         self._held_out = {lane for number, lane in enumerate(dense, start=1) if number % HELD_OUT == 0}
         self._drifts: dict[int, tuple[InputStatistics, Drift]] = {}
         """By the statistics they belong to: matrices with one input share both."""
+        self._turns: dict[tuple[Lane, str], int] = {}
+        """How often a matrix was met on the way of a batch."""
+        self._unlike: dict[int, InputStatistics] = {}
+        """Statistics of inputs that the dense model has no counterpart of: other tokens came there."""
 
     def observe(self, lane: Lane, event: AtMatrix) -> None:
         """Take in the input that arrived, and how far it is from the dense model's."""
         super().observe(lane, event)
         key = (event.name, event.expert)
         spec = self._specs[event.name]
-        if lane.last_input is None or key in self._shared or spec.experts:
+        if lane.last_input is None or spec.experts:
+            return
+        turn = self._turns[lane, event.name] = self._turns.get((lane, event.name), -1) + 1
+        if key in self._shared:
             return
         statistics = lane.last_input[2]
         dense = self._dense[lane]
-        kept = dense.inputs.get(event.name)
-        if kept is None:
+        inputs = dense.inputs.get(event.name, [])
+        kept = inputs[turn] if turn < len(inputs) else None
+        late = turn > 0 and id(statistics) not in self._drifts  # some of its inputs were counted with another matrix's
+        if kept is None or kept.shape != event.input.shape or late:
+            self._unlike[id(statistics)] = statistics
             return
         held = self._beta is None and lane in self._held_out
         if id(statistics) not in self._drifts:
@@ -140,9 +155,14 @@ class CorrectingSolver(Solver):
     def _wanted(
         self, name: str, weight: torch.Tensor, statistics: InputStatistics | None
     ) -> tuple[torch.Tensor, list[str]]:
+        if self._specs[name].experts:
+            note = "earlier errors are not corrected: other tokens come to an expert than in the dense model"
+            notes = self._reports[name].notes
+            notes += [note] if note not in notes else []
+            return weight, []
         found = self._drifts.get(id(statistics))
-        if statistics is None or found is None:
-            return weight, ["its errors are not corrected: the dense forward gave it no input to compare"]
+        if statistics is None or found is None or id(statistics) in self._unlike:
+            return weight, ["earlier errors are not corrected: the dense model has no such input to compare with"]
         corrected, beta = found[1].corrected(weight, statistics, self._beta)
         self._reports[name].beta = beta
         return corrected, []

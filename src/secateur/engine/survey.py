@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -46,6 +46,8 @@ class Survey(BlockStream):
     """Name of a matrix -> mean squared gradient of its outputs, (out,)."""
     sparsity: float = 0.0
     """What is to be divided."""
+    keep: Callable[[str, float, Tensor], None] | None = None
+    """Takes name and sparsity of whatever the rule has pruned, and the matrix, (out, in)."""
     measured: dict[str, list[Tensor]] = field(default_factory=dict)
     """Name of a matrix -> what the rule made of it, for each expert."""
 
@@ -72,7 +74,10 @@ class Survey(BlockStream):
             assert self.solver is not None
             generator = torch.Generator().manual_seed(derived_seed(self.seed, name, expert))
             known = None if self.solver.statistics == "none" else statistics
-            return self.solver.solve(weight, known, Target(sparsity, UNSTRUCTURED), generator=generator).weight
+            made = self.solver.solve(weight, known, Target(sparsity, UNSTRUCTURED), generator=generator).weight
+            if self.keep is not None:
+                self.keep(name, sparsity, made)
+            return made
 
         seen = Look(weight, statistics, self.fisher.get(name), self.sparsity, solve)
         self.measured.setdefault(name, []).append(self.rule.measure(seen))

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.errors import SecateurError
 from secateur.plugins import Option, describe
-from secateur.recipe import Recipe
+from secateur.recipe import Recipe, is_default
 from secateur.result import ConvertResult, PruneResult, RecoverResult
 from secateur.training import Training
 
@@ -67,10 +67,9 @@ def _words(name: str, value: Any) -> list[str]:
 def _changed(cls: type[Any], data: Mapping[str, Any]) -> dict[str, Any]:
     changed = {}
     for entry in dataclasses.fields(cls):
-        default = entry.default_factory() if callable(entry.default_factory) else entry.default
-        default = list(default) if isinstance(default, tuple) else default
-        if entry.name in data and data[entry.name] != default:
-            changed[entry.name] = data[entry.name]
+        value = data.get(entry.name)
+        if entry.name in data and not is_default(entry, tuple(value) if isinstance(value, list) else value):
+            changed[entry.name] = value
     return changed
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import shlex
 from typing import Any
 
-from secateur.recipe import Recipe
+from secateur.recipe import Recipe, is_default
 from secateur.training import Training
 
 
@@ -41,7 +41,7 @@ def prune_flags(recipe: Recipe, *, reads_text: bool = True) -> list[str]:
         elif entry.name in ("method_options", "allocation_options", "reconstruct_options"):
             for key, one in value.items():
                 flags += [f"--{entry.name.removesuffix('s').replace('_', '-')}", f"{key}={_text(one)}"]
-        elif value == (entry.default_factory() if entry.default_factory is not dataclasses.MISSING else entry.default):
+        elif is_default(entry, value):
             continue
         elif entry.name == "structure":
             flags += [flag, ",".join(value)]

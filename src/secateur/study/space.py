@@ -161,7 +161,7 @@ class Space:
 
 def has_gram(method: str, refit: bool | None) -> bool:
     """Whether a method of single weights, refitted or not, gathers the Gram matrix that an error correction needs."""
-    return bool(refit) or statistics_of("sparsegpt" if method == "auto" else method) == "gram"
+    return bool(refit) or statistics_of(Recipe(method=method).method) == "gram"
 
 
 @functools.cache
@@ -171,7 +171,7 @@ def _methods(structure: str) -> dict[str, str]:
     if names == {"depth"}:
         return {}
     if structure == NONE:
-        return available("methods")
+        return available("methods") | available("combinations")
     return available("expert_criteria" if "experts" in names else "criteria")
 
 
@@ -260,7 +260,9 @@ def _corrections(value: Any, where: str) -> tuple[str, ...]:
         off = one is False or one == NONE  # YAML 1.1 reads off as false
         if isinstance(one, bool) and not off:
             raise StudyError(f"{where}: error-correction is {one!r}", hint="give off, auto, or a share from 0 to 1")
-        found.append(Recipe(error_correction="off" if off else str(one)).error_correction)
+        asked = "off" if off else str(one)
+        Recipe(error_correction=asked)  # refuses what is no share
+        found.append(asked)
     return tuple(found)
 
 
@@ -336,9 +338,10 @@ def _options(data: Any, methods: tuple[str, ...], where: str) -> dict[str, dict[
                 f"{where}: method-options of {method}, which is none of its methods", hint="add it to method"
             )
         known: set[str] = set()
+        asked = Recipe(method=method).method if method in available("combinations") else method
         for kind in ("methods", "criteria", "expert_criteria"):
-            if method in available(kind):
-                known |= {option.name for option in describe(kind, method, "method").options}
+            if asked in available(kind):
+                known |= {option.name for option in describe(kind, asked, "method").options}
         for raw, values in options.items():
             name = str(raw).replace("-", "_")
             if name not in known:

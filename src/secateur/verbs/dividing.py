@@ -8,29 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
-from secateur.allocation._base import Measuring, WithGradients, make_allocation
+from secateur.allocation._base import Measuring, Searching, WithGradients, make_allocation
 from secateur.allocation_file import is_file
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
 from secateur.engine.activations import ActivationStore
-from secateur.engine.blocks import MatrixSpec
 from secateur.engine.device import activation_limit, trim_memory
 from secateur.engine.fisher import output_gradients
 from secateur.engine.forward import Stored
+from secateur.engine.levels import LevelStore
 from secateur.engine.plan import Plan, free_shares
 from secateur.engine.survey import Survey, gathering
 from secateur.errors import CalibrationError, UnsupportedModelError, UsageError
 from secateur.measure.model import load_model
 from secateur.measure.scoring import NextTokenScorer
 from secateur.plugins import Method, StatisticsKind, Target, make_method
-from secateur.progress import Recorder, Reporter
+from secateur.progress import Recorder
 from secateur.recipe import Recipe
 from secateur.result import PrunedMatrix
 from secateur.structured.ladder import Discard
 from secateur.verbs.calibration import Calibration
 from secateur.verbs.loss import fits_in_memory
+from secateur.verbs.searching import Dense, ask_dense, search, tell_cost
 from secateur.verbs.shape import Model
 
 
@@ -71,39 +73,67 @@ def divide(
     batches: Sequence[Mapping[str, Tensor]] = () if rule.needs == "weights" else calibrated().batches
     fisher: dict[str, Tensor] = {}
     solver: Method | None = None
+    store: LevelStore | None = None
+    dense = Dense([])
     specs = {matrix.name: matrix for matrix in model.structure.matrices}
-    if isinstance(rule, WithGradients):
-        solver = make_method(rule.solver)
-        fisher = _gradients(rule, source, model.reader, [specs[name] for name in plan.free], batches, device, reporter)
     stored = Stored(model.reader)
     kinds: dict[str, StatisticsKind] = {"norms": "norms", "gram": "gram"}
-    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch, tempfile.TemporaryDirectory() as levels:
+        if isinstance(rule, WithGradients):
+            solver = make_method(rule.solver)
+            rows = _rows(batches, rule.length, device)
+            whole = _in_memory(source, model.reader, device)
+            fisher = output_gradients(whole, [specs[name] for name in plan.free], rows[: rule.sequences], reporter)
+            if isinstance(rule, Searching) and rule.generations:
+                store = LevelStore(Path(levels), rule.tried(recipe.effective_sparsity))
+                dense = ask_dense(whole, rows[: rule.windows], compute)
+                tell_cost(rule, dense, store, sum(specs[name].size for name in plan.free), reporter)
+            del whole
+            trim_memory()
         survey = Survey(
             model.skeleton, model.structure, model.binding, stored, Discard(stored),
             gathering(kinds.get(rule.needs, "none")), Plan({name: Target(0.0) for name in plan.free}),
             ActivationStore(activation_limit(recipe.activation_memory), Path(scratch)), device, compute, recipe.seed,
             reporter, f"measuring for {recipe.allocation}", rule=rule, solver=solver, fisher=fisher,
-            sparsity=recipe.effective_sparsity,
+            sparsity=recipe.effective_sparsity, keep=None if store is None else store.keep,
         )  # fmt: skip
         survey.run(batches)
-    trim_memory()
-    return rule.allocate(free_shares(model.structure, plan.free, survey.measured), recipe.effective_sparsity)
+        trim_memory()
+        shares = free_shares(model.structure, plan.free, survey.measured)
+        made = rule.allocate(shares, recipe.effective_sparsity)
+        if store is not None and isinstance(rule, Searching):
+            free = {name: specs[name] for name in plan.free}
+            made = search(
+                rule, source, free, store, dense, shares, made, recipe.effective_sparsity, recipe.seed, device, compute,
+                reporter,
+            )  # fmt: skip
+    return made
 
 
-def _gradients(
-    rule: WithGradients, source: Source, reader: CheckpointReader, specs: Sequence[MatrixSpec],
-    batches: Sequence[Mapping[str, Tensor]],
-    device: torch.device, reporter: Reporter,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Mean squared gradient of each output, from the first windows of the calibration text."""
-    rows = [row[None, : rule.length] for batch in batches if set(batch) <= {"input_ids", "attention_mask"}
+def _rows(batches: Sequence[Mapping[str, Tensor]], length: int, device: torch.device) -> list[Tensor]:
+    """Windows of the calibration text that have a next token, (1, length) each at most.
+
+    Raises:
+        CalibrationError: when there is none.
+    """
+    rows = [row[None, :length] for batch in batches if set(batch) <= {"input_ids", "attention_mask"}
             for row in batch.get("input_ids", ())]  # fmt: skip
-    rows = [row.to(device) for row in rows[: rule.sequences] if row.shape[1] > 1]
+    rows = [row.to(device) for row in rows if row.shape[1] > 1]
     if not rows:
         raise CalibrationError("this allocation needs token ids to predict", hint="give text with --calibration")
+    return rows
+
+
+def _in_memory(source: Source, reader: CheckpointReader, device: torch.device) -> transformers.PreTrainedModel:
+    """The whole model, for a rule that wants its loss.
+
+    Raises:
+        UsageError: when it does not fit.
+        UnsupportedModelError: when it predicts no next tokens.
+    """
     if not fits_in_memory(reader):
         raise UsageError(
-            "this allocation takes the whole model in memory for its gradients, and that does not fit",
+            "this allocation takes the whole model in memory for its loss, and that does not fit",
             hint="use --allocation owl or alpha, which stream one block at a time",
         )
     model = load_model(source.folder, device=str(device), dtype="float32")
@@ -113,10 +143,7 @@ def _gradients(
         raise UnsupportedModelError(
             f"this allocation needs a loss of next tokens: {error.message}", hint="use --allocation owl or alpha"
         ) from None
-    found = output_gradients(model, specs, rows, reporter)
-    del model
-    trim_memory()
-    return found
+    return model
 
 
 def allocation_sentences(matrices: Sequence[PrunedMatrix], recipe: Recipe) -> list[str]:

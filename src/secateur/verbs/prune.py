@@ -27,7 +27,7 @@ from secateur.plugins import Chooser
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
-from secateur.verbs.asked import merge, tell_unmeasured, tell_unread
+from secateur.verbs.asked import combination_sentences, merge, tell_combination, tell_unmeasured, tell_unread
 from secateur.verbs.calibration import Data
 from secateur.verbs.card import write_card
 from secateur.verbs.dividing import allocation_sentences
@@ -110,6 +110,7 @@ def prune(
             source = open_source(model, reporter=recorder)
         folder = OutputFolder(out, overwrite=overwrite, resume=resume, sources=[source.folder, *named])
         resumed = Ledger.header(folder.partial / LEDGER) if resume else None
+        tell_combination(recipe, recorder)
         job = prepare(source, recipe, chosen, own_data, recorder, stack, resumed)
         text = None if data == "builtin" else data
         tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, job.model, recorder)
@@ -161,6 +162,7 @@ def prune(
             verified=bool(verification),
             verdict=[
                 *sides.verdict,
+                *combination_sentences(recipe),
                 *allocation_sentences(written.matrices, recipe),
                 *refit_sentences(written.matrices, recipe.refit),
                 *rounding_sentences(written.matrices, recipe.bits, recipe.columns_of_scale),
