@@ -259,7 +259,7 @@ class Recipe:
             if name in LOOKED_AT and not units:
                 structure = f" {', '.join(LOOKED_AT[name])}" if self.structure else ""
                 raise RecipeError(f"{name} needs --structure{structure}", hint="leave it out")
-            if name == "reconstruct" and self.structure and not units & {*RECONSTRUCTS, "auto"}:
+            if name == "reconstruct" and self.structure and (not units or units - {*RECONSTRUCTS, "auto"}):
                 raise RecipeError(f"reconstruct needs --structure {', '.join(RECONSTRUCTS)}", hint="leave it out")
             if name in single and self.structure:
                 asked = "structure" if self.budget is None else "budget"

@@ -243,6 +243,6 @@ def test_a_recipe_that_makes_no_sense_is_refused() -> None:
         Recipe(reconstruct="blok")
     with pytest.raises(RecipeError, match="reconstruct_options"):
         Recipe(reconstruct_options={"passes": 1})
-    for structure in ("depth", "hidden", "experts"):
+    for structure in (("depth",), ("hidden",), ("experts",), ("heads", "hidden")):
         with pytest.raises(RecipeError, match="reconstruct needs --structure ffn, kv-groups, heads"):
-            Recipe(structure=(structure,), reconstruct="block")
+            Recipe(structure=structure, reconstruct="block")

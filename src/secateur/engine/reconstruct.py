@@ -2,8 +2,8 @@
 
 When the matrices of a block (or of its first half, then of the other) are pruned, the weights that stay, with norms and
 biases, take a few passes of Adam over the calibration batches: from the inputs that really arrive, the output of the
-block shall be the dense model's. Every sixteenth batch is held out, and the state with the least error there stays, be it
-the one before the training. Zeros stay zero, and no graph spans more than one block.
+block shall be the dense model's. Every sixteenth batch is held out, and the state with the least error there stays, be
+it the one before the training. Zeros stay zero, and no graph spans more than one block.
 
 Source: EBFT (Guo et al. 2024, arXiv 2402.12419), with three differences: targets come from dense inputs rather than
 from the pruned ones, so errors of earlier blocks are made good; the error is relative for each token; norms and biases
