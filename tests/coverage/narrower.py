@@ -95,6 +95,13 @@ class _Places:
             if isinstance(module, nn.Embedding) and self.hidden_columns(f"{path}.weight"):
                 self._check_table(f"{path}.weight")
 
+        for name, spec in self.specs.items():
+            was, now, dim = self.before[name], self.after[name], 1 if spec.transposed else 0
+            changed = [a != b for a, b in zip(was.shape, now.shape, strict=True)]
+            whole = (was.shape[dim], now.shape[dim]) == (self.width, len(self.keep))
+            if whole and changed == [dim == 0, dim == 1] and not torch.equal(now, was.index_select(dim, self.keep)):
+                raise NotAtZeroError(f"{name} only writes, and holds other numbers than before")
+
     def _check_table(self, name: str) -> None:
         """An embedding is what it was in the channels that stay, up to one factor."""
         was, now = self.before[name][:, self.keep].double(), self.after[name].double()

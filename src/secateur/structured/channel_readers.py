@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Block, Structure, signature
-from secateur.engine.capture import Lane, first_states
+from secateur.engine.capture import Lane, copied_call, first_states
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import tied_names
 from secateur.errors import UnsupportedModelError
@@ -95,7 +95,8 @@ def _groups(
     order: list[str] = []
     handles = [model.get_submodule(owner).register_forward_pre_hook(note(owner), with_kwargs=True) for owner in own]
     try:
-        module(*call[0], **call[1])
+        args, kwargs = copied_call(*call)  # a cache among them would grow
+        module(*args, **kwargs)
     finally:
         for handle in handles:
             handle.remove()
