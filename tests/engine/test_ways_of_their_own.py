@@ -146,3 +146,19 @@ def test_a_product_with_an_absent_weight_is_refused() -> None:
                 product()
         assert x.expand_as(absent[:2]).shape == (2, 4)
         assert nn.functional.relu(x).shape == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["ZayaForCausalLM", "SwitchTransformersForConditionalGeneration"])
+def test_errors_are_corrected_where_the_dense_forward_can_be_compared(name: str, tmp_path: Path) -> None:
+    """A matrix that runs twice, and experts that are modules of their own, to which other tokens come."""
+    tiny, folder = _saved(name, tmp_path / "model")
+    done = Work(folder, tmp_path / "out", tiny, secateur.prune).attempt({"method": "best", "sparsity": 0.5})
+    assert done["ok"], done
+
+
+def test_heads_and_channels_of_a_class_that_casts_its_router_while_it_runs(tmp_path: Path) -> None:
+    """Refitted weights take the number format that the class has brought them to; experts get other tokens."""
+    tiny, folder = _saved("SwitchTransformersForConditionalGeneration", tmp_path / "model")
+    asked = {"structure": ("kv-groups", "hidden"), "sparsity": 0.35}
+    done = Work(folder, tmp_path / "out", tiny, secateur.prune).attempt(asked)
+    assert done["ok"], done

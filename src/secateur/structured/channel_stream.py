@@ -155,9 +155,12 @@ class ChannelStream(BlockStream):
             here = [lane for lane in lanes if _place(lane) == group.module]
             fit = self._fit(here, group)
             for reader in group.readers:
+                if fit is None:
+                    notes[reader.name] = ["not refitted: other tokens come to it than in the dense model"]
+                    continue
                 made = self._refit(reader, fit, self._whole_tensors)
                 final.update(made)
-                self._install(block, made, self.compute_dtype)
+                self._renew(made)
                 notes[reader.name] = fit.notes
             for lane in here:
                 self._both(lane)
@@ -170,6 +173,12 @@ class ChannelStream(BlockStream):
                 PrunedMatrix(matrix.name, matrix.shape, zeros, zeros / matrix.size, None, notes_here, stayed)
             )
         return reports
+
+    def _renew(self, tensors: Mapping[str, Tensor]) -> None:
+        """Change tensors of a running block, in the number format that its class has brought them to by now."""
+        for name, tensor in tensors.items():
+            with torch._C.DisableTorchFunction():
+                self.model.get_parameter(name).data.copy_(self._placed(name, tensor, self.compute_dtype))
 
     def _both(self, lane: Lane) -> None:
         """Let a forward and its dense twin go on to the next point or block."""
@@ -194,14 +203,19 @@ class ChannelStream(BlockStream):
 
     # --- least squares -------------------------------------------------------------------------------------------
 
-    def _fit(self, lanes: Sequence[Lane], group: Group) -> _Fit:
-        """T and the constant part for the inputs with which forwards have arrived."""
+    def _fit(self, lanes: Sequence[Lane], group: Group) -> _Fit | None:
+        """T and the constant part for the inputs with which forwards have arrived.
+
+        None where dense and pruned forward brought different numbers of tokens: a router sent them here.
+        """
         keep, before = self._stays(group)
         width = len(keep)
         seen = InputStatistics(width + 1, "gram", device=self.device)
         cross = torch.zeros(width + 1, before, device=self.device)
         for lane in lanes:
             rows, wanted = (self._rows(one) for one in (lane, self._twins[lane]))
+            if len(rows) != len(wanted):
+                return None
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
             try:
                 seen.update(rows)
@@ -272,6 +286,7 @@ class ChannelStream(BlockStream):
             return
         head, whole = self.channels.head, self.whole
         fit = self._fit(here, head)
+        assert fit is not None  # no router is before the head
         for reader in head.readers:
             names = [reader.name] if reader.bias is None else [reader.name, reader.bias]
             self._cut_binding.solved.update(self._refit(reader, fit, whole.binding.load(names, whole.source)))
