@@ -4,7 +4,7 @@ T is one float32 forward of the calibration tokens (32 windows of 1,024), one wi
 without its head, measured right before and after every run. A run is quoted in T of its own neighbours, as the wall
 time of the whole process: start, loading, pruning, writing; verification and measuring are left out. Peak memory is
 what the kernel reports for that process. "reference MB" is the peak of the published reference code. "ffn obs" and
-"kv-groups obs" remove whole units (`structured.py`).
+"kv-groups obs" remove whole units (`structured.py`); they ran once, with other work on the second core.
 
     SECATEUR_DATA=folder python benchmarks/speed.py [--repeat 3] [--only wanda,sparsegpt] [--compute-dtype auto]
 """
