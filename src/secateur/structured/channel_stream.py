@@ -177,8 +177,11 @@ class ChannelStream(BlockStream):
     def _renew(self, tensors: Mapping[str, Tensor]) -> None:
         """Change tensors of a running block, in the number format that its class has brought them to by now."""
         for name, tensor in tensors.items():
-            with torch._C.DisableTorchFunction():
-                self.model.get_parameter(name).data.copy_(self._placed(name, tensor, self.compute_dtype))
+            owner, _, leaf = name.rpartition(".")
+            running = self.model.get_submodule(owner)._parameters[leaf]
+            assert running is not None
+            with torch._C.DisableTorchFunction():  # stacked experts are a tensor of their own kind
+                running.data.copy_(self._placed(name, tensor, self.compute_dtype))
 
     def _both(self, lane: Lane) -> None:
         """Let a forward and its dense twin go on to the next point or block."""
