@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
+
+from secateur.engine.reconstruct import Reconstructing
+from secateur.errors import RunError
 
 
 def block_in_and_out(model: Any, number: int, ids: torch.Tensor) -> tuple[Any, torch.Tensor]:
@@ -61,3 +67,19 @@ def naive_step(
                     weight.copy_(before[name])
         told.append([first, min(first, last)])
     return made.state_dict(), told
+
+
+@contextmanager
+def stopped_at_the_second_block() -> Iterator[None]:
+    """While it lasts, a run that reconstructs blocks ends when it comes to the training of its second one."""
+    original = Reconstructing._reconstruct
+
+    def fail(self: Any, block: Any, *rest: Any) -> None:
+        if block.index == 1:
+            raise RunError("stopped")
+        original(self, block, *rest)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Reconstructing, "_reconstruct", fail)
+        with pytest.raises(RunError, match="stopped"):
+            yield

@@ -10,11 +10,9 @@ import torch
 import transformers
 
 import secateur
-from secateur.engine.reconstruct import Reconstructing
-from secateur.errors import RunError
 from secateur.result import PruneResult
 from tests.models import calibration_for, save_tiny
-from tests.naive_blocks import naive_step
+from tests.naive_blocks import naive_step, stopped_at_the_second_block
 
 RATE = 3e-3
 
@@ -83,22 +81,11 @@ def test_other_families_are_reconstructed(family: str, tmp_path: Path) -> None:
     assert any(after < before for before, after in pairs)
 
 
-def test_a_resumed_run_ends_like_one_that_went_through(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_like_one_that_went_through(model: Path, tmp_path: Path) -> None:
     settings = {"structure": ("ffn", "kv-groups"), "options": {"passes": 2}}
     whole = pruned(model, tmp_path / "whole", "half-block", **settings)
-    original = Reconstructing._reconstruct
-
-    def fail(self: Any, block: Any, *rest: Any) -> None:
-        if block.index == 1:
-            raise RunError("stopped")
-        original(self, block, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Reconstructing, "_reconstruct", fail)
-        with pytest.raises(RunError, match="stopped"):
-            pruned(model, tmp_path / "out", "half-block", **settings)
+    with stopped_at_the_second_block():
+        pruned(model, tmp_path / "out", "half-block", **settings)
     result = pruned(model, tmp_path / "out", "half-block", **settings, resume=True)
     assert (tmp_path / "whole" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"

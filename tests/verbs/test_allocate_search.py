@@ -19,18 +19,9 @@ from secateur.errors import DiskSpaceError, UnsupportedModelError
 from secateur.progress import Reporter
 from secateur.verbs import searching
 from tests.models import calibration_for, save_tiny, tiny_model
+from tests.reporters import Notes
 
 OPTIONS = {"generations": 4, "offspring": 6, "windows": 4, "sequences": 2}
-
-
-class Notes(Reporter):
-    """Keeps what is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.told.append(message)
 
 
 @pytest.fixture(scope="module")

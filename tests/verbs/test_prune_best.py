@@ -9,19 +9,9 @@ from typing import Any
 import pytest
 
 import secateur
-from secateur.progress import Reporter
 from secateur.result import RESULT_FILE
 from tests.models import calibration_for, save_tiny
-
-
-class Notes(Reporter):
-    """Keeps what is told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-
-    def note(self, message: str) -> None:
-        self.told.append(message)
+from tests.reporters import Notes
 
 
 @pytest.fixture(scope="module")

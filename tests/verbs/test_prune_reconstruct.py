@@ -12,10 +12,10 @@ import transformers
 import secateur
 from secateur.engine.blocks import find_structure
 from secateur.engine.reconstruct import Reconstructing, held_out, second_half
-from secateur.errors import RecipeError, RunError, UnknownNameError, UsageError
+from secateur.errors import RecipeError, UnknownNameError, UsageError
 from secateur.recipe import Recipe
 from tests.models import calibration_for, save_tiny, tiny_model
-from tests.naive_blocks import block_in_and_out, error, naive_step
+from tests.naive_blocks import block_in_and_out, error, naive_step, stopped_at_the_second_block
 
 RATE = 3e-3
 
@@ -145,22 +145,11 @@ def test_dense_matrices_are_not_touched(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("way", "correction"), [("block", "off"), ("half-block", "1")])
-def test_a_resumed_run_ends_like_one_that_went_through(
-    model: Path, tmp_path: Path, way: str, correction: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resumed_run_ends_like_one_that_went_through(model: Path, tmp_path: Path, way: str, correction: str) -> None:
     options = {"learning_rate": RATE, "passes": 2}
     whole = pruned(model, tmp_path / "whole", way, options, error_correction=correction)
-    original = Reconstructing._reconstruct
-
-    def fail(self: Any, block: Any, *rest: Any) -> None:
-        if block.index == 1:
-            raise RunError("stopped")
-        original(self, block, *rest)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Reconstructing, "_reconstruct", fail)
-        with pytest.raises(RunError, match="stopped"):
-            pruned(model, tmp_path / "out", way, options, error_correction=correction)
+    with stopped_at_the_second_block():
+        pruned(model, tmp_path / "out", way, options, error_correction=correction)
     result = pruned(model, tmp_path / "out", way, options, error_correction=correction, resume=True)
     assert same_bytes(tmp_path / "whole", tmp_path / "out")
     assert [one.held_out_error for one in result.matrices] == [one.held_out_error for one in whole.matrices]

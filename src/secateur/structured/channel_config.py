@@ -10,11 +10,9 @@ from torch import nn
 from secateur.engine.blocks import Structure
 from secateur.engine.skeleton import model_class, skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
-from secateur.structured.configure import HEADS_GO_WITH_CHANNELS, Shapes, Shrunk, shapes_of
+from secateur.structured.configure import ANOTHER_STRUCTURE, HEADS_GO_WITH_CHANNELS, Shapes, Shrunk, shapes_of
 from secateur.structured.couplings import heads_of
 from secateur.structured.entries import changed, part_of
-
-HINT = "choose another --structure, such as ffn"
 
 
 def smaller(
@@ -48,7 +46,8 @@ def smaller(
         )
     reason = next(iter(reasons), "no entry of the config sets the width of its embeddings alone")
     raise UnsupportedModelError(
-        f"{name} cannot have fewer hidden channels alone: {reason}", hint=f"{HEADS_GO_WITH_CHANNELS}; or {HINT}"
+        f"{name} cannot have fewer hidden channels alone: {reason}",
+        hint=f"{HEADS_GO_WITH_CHANNELS}; or {ANOTHER_STRUCTURE}",
     )
 
 

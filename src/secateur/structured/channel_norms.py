@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.errors import UnsupportedModelError
 from secateur.structured.channels import Gain
+from secateur.structured.configure import ANOTHER_STRUCTURE
 from secateur.structured.proof import TOLERANCE
 
 
@@ -37,7 +38,7 @@ def gain_of(whole: nn.Module, small: nn.Module, name: str, keep: Tensor) -> tupl
         adds = _added(whole, weights, x) if len(leaves) == 2 else None
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"what {name} does with the hidden channels is not known: it cannot be run alone", hint=_HINT
+            f"what {name} does with the hidden channels is not known: it cannot be run alone", hint=ANOTHER_STRUCTURE
         ) from error
     if _same(wide, narrow) and not _same(doubled, wide):
         return None
@@ -47,7 +48,8 @@ def gain_of(whole: nn.Module, small: nn.Module, name: str, keep: Tensor) -> tupl
     ratio = float((wide * narrow).sum() / narrow.square().sum().clamp_min(1e-30))
     if len(leaves) != 1 or not _same(wide, ratio * narrow) or not _same(doubled, wide):
         raise UnsupportedModelError(
-            f"{name} ({type(whole).__name__}) joins the hidden channels in a way that fewer cannot repeat", hint=_HINT
+            f"{name} ({type(whole).__name__}) joins the hidden channels in a way that fewer cannot repeat",
+            hint=ANOTHER_STRUCTURE,
         )
     leaf = leaves[0]
     rest = {} if adds is None else {adds: torch.zeros(size)}
@@ -55,12 +57,11 @@ def gain_of(whole: nn.Module, small: nn.Module, name: str, keep: Tensor) -> tupl
     each = _run(whole, {leaf: torch.ones(size), **rest}, x) - without
     offset = float((without * each).sum() / each.square().sum().clamp_min(1e-30))
     if not _same(without, offset * each, scale=float(each.abs().max())):
-        raise UnsupportedModelError(f"{name} ({type(whole).__name__}) does not multiply by its weight", hint=_HINT)
+        raise UnsupportedModelError(
+            f"{name} ({type(whole).__name__}) does not multiply by its weight", hint=ANOTHER_STRUCTURE
+        )
     bias = None if adds is None else f"{name}.{adds}"
     return leaf, Gain(name, round(offset, 6), ratio * (len(keep) / size) ** 0.5, bias, centred)
-
-
-_HINT = "choose another --structure, such as ffn"
 
 
 def _filled(x: Tensor, keep: Tensor, *, centred: bool) -> Tensor:

@@ -18,12 +18,12 @@ from secateur.checkpoint.reader import CheckpointReader
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure
 from secateur.errors import UnsupportedModelError
-from secateur.structured.channel_config import HINT, refuse_both_sides, smaller
+from secateur.structured.channel_config import refuse_both_sides, smaller
 from secateur.structured.channel_norms import gain_of
 from secateur.structured.channel_proof import prove_channels
 from secateur.structured.channel_readers import find_readers
 from secateur.structured.channels import Channels, Group, Reader
-from secateur.structured.configure import shapes_of
+from secateur.structured.configure import ANOTHER_STRUCTURE, shapes_of
 from secateur.structured.couplings import Kind
 from secateur.structured.plan import couplings_of_blocks
 from secateur.structured.stream import Job, bias_of
@@ -124,7 +124,7 @@ def _refuse_unseen(channels: Channels, structure: Structure) -> None:
             raise UnsupportedModelError(
                 f"{matrix.name} becomes narrower on both sides, and no token of a short input came to it, so what it "
                 "gives is not known",
-                hint=HINT,
+                hint=ANOTHER_STRUCTURE,
             )
 
 
@@ -139,7 +139,8 @@ def _width(model: transformers.PreTrainedModel) -> int:
     weight = getattr(embedding, "weight", None)
     if not isinstance(embedding, nn.Embedding) or not isinstance(weight, Tensor):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no table of embeddings, so its residual stream is not known", hint=HINT
+            f"{type(model).__name__} has no table of embeddings, so its residual stream is not known",
+            hint=ANOTHER_STRUCTURE,
         )
     return int(weight.shape[1])
 

@@ -23,10 +23,9 @@ from secateur.errors import UnsupportedModelError
 from secateur.structured.channel_norms import mean_where_gone
 from secateur.structured.channel_readers import find_head
 from secateur.structured.channels import Channels, CutBinding
+from secateur.structured.configure import ANOTHER_STRUCTURE
 from secateur.structured.explore import RandomTensors
 from secateur.structured.proof import TOLERANCE
-
-HINT = "choose another --structure, such as ffn"
 
 
 class _Trial:
@@ -101,7 +100,8 @@ def _prove(
             found = _answer(small, find_structure(small), cut, source, probe)
         except (RuntimeError, ValueError, IndexError) as error:
             raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be run with fewer {what}: {str(error).splitlines()[0]}", hint=HINT
+                f"{type(model).__name__} cannot be run with fewer {what}: {str(error).splitlines()[0]}",
+                hint=ANOTHER_STRUCTURE,
             ) from error
         if (expected.shape[-1], found.shape[-1]) == (channels.before, channels.after):
             expected = expected[..., keep]
@@ -117,7 +117,7 @@ def _prove(
     raise UnsupportedModelError(
         f"{type(model).__name__} computes something else without {what} than with them at zero, by "
         f"{channels.difference:.2g}",
-        hint=HINT,
+        hint=ANOTHER_STRUCTURE,
     )
 
 

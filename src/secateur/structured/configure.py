@@ -25,6 +25,7 @@ from secateur.structured.entries import Entries, changed
 from secateur.structured.width_entries import attention_entries, neuron_entries
 
 Shapes = dict[str, tuple[int, ...]]
+ANOTHER_STRUCTURE = "choose another --structure, such as ffn"
 HEADS_GO_WITH_CHANNELS = (
     "where the size of a head is the hidden size by the number of heads, use --structure heads,hidden (or "
     "kv-groups,hidden for whole groups): heads then go together with hidden channels, and keep their size"

@@ -27,7 +27,6 @@ from secateur.structured.couplings import Coupling, Cut, Kind
 from secateur.structured.entries import Entries, changed, entries_of, part_of
 from secateur.structured.stream import Job
 
-HINT = "choose another --structure, such as ffn"
 Path = tuple[str, ...]
 _TRIED = 3
 """Numbers of heads for which no entries are found, after which the config is taken to have none."""
