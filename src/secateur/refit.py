@@ -80,7 +80,7 @@ def refit(
     before, after = (row_errors(gram, weight - one) for one in (pruned, values))
     better = after < before
     return (
-        torch.where(better[:, None], values, pruned),
+        torch.where(better.to(values.device)[:, None], values, pruned),
         float(before.sum()),
         float(torch.where(better, after, before).sum()),
     )
