@@ -256,6 +256,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "speed",
             "memory",
             "evaluation",
+            "one_shot",
             "two_pass",
             "structured",
             "smaller",

@@ -5,14 +5,15 @@ which rows are stored, until one makes both models answer alike; with the column
 of the channels that went, at zero, no wrong order could.
 
 Norms over the channels, and embeddings that multiply by their width, are run on the channels that stay: that is what a
-narrower model is. The channels that went must be zero wherever such a module gets them. What a class multiplies its
-answer by for its width is the one factor that both may differ by.
+narrower model is. The channels that went must be zero wherever such a module gets them; a norm over the numbers of all
+heads gets zeros for the heads that went instead. What a class multiplies its answer by for its width is the one factor
+that both may differ by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def answers(dense: nn.Module, small: nn.Module, result: PruneResult, inputs: dic
             continue
         fits = True
         dense.load_state_dict(made, strict=True)
-        with _on_what_stays(dense, small, places):
+        with _on_what_stays(dense, small, places, order):
             found = answer(dense, inputs)
         found = found[..., places.keep] if found.shape[-1] == places.width and last == len(places.keep) else found
         root = (places.width / len(places.keep)) ** 0.5
@@ -61,8 +62,9 @@ def answers(dense: nn.Module, small: nn.Module, result: PruneResult, inputs: dic
         raise problem
 
 
-_ORDERS = 5
-"""Unit by unit; two or three parts with all units each; queries, keys, values of groups; queries, then the rest."""
+_ORDERS = 6
+"""Unit by unit; two or three parts with all units each; queries, keys, values of groups; queries, then the rest; four
+parts with queries, values and keys of some units each."""
 
 
 class _Places:
@@ -128,6 +130,16 @@ class _Places:
         spec = self.modules.get(owner)
         both = spec is not None and self._both(spec.name) and spec.name not in self.units
         return (*was, *now) == (self.width, len(self.keep)) and not both
+
+    def along(self, names: list[str], order: int) -> list[Tensor]:
+        """What the vectors of a norm may lie along: the channels that stay, and the numbers of the units that stay."""
+        shapes = {(*self.before[name].shape, *self.after[name].shape) for name in names}
+        if len(shapes) != 1 or len(shape := shapes.pop()) != 2 or shape[0] == shape[1]:
+            return []
+        found = [self.keep] if all(self.hidden(name) for name in names) else []
+        with suppress(NotPlacedError):
+            found.append(self._of_units(names[0], shape[0], shape[1], order % _ORDERS))
+        return found
 
     def hidden_columns(self, name: str) -> bool:
         """Whether the rows of a table lie along the hidden channels."""
@@ -196,31 +208,35 @@ def _rows_of_units(size: int, total: int, each: int, stay: Tensor, order: int) -
         return torch.cat([part.reshape(total, -1)[stay].reshape(-1) for part in parts])
     if order == 4 and size > total * each:  # query heads, then keys and values that stay
         return torch.cat([number[: total * each].reshape(total, each)[stay].reshape(-1), number[total * each :]])
+    if order == 5 and size == 3 * total * each and total % 4 == 0:
+        return number.reshape(4, 3, total // 4, each).transpose(1, 2).reshape(total, -1)[stay].reshape(-1).sort().values
     if size % total == 0:
         return number.reshape(total, -1)[stay].reshape(-1)
     return None
 
 
 @contextmanager
-def _on_what_stays(dense: nn.Module, small: nn.Module, places: _Places) -> Iterator[None]:
-    """While it lasts, norms and embeddings run as those of the smaller model, and give zero where channels went."""
-    keep, width = places.keep, places.width
-    gone = torch.ones(width, dtype=torch.bool)
-    gone[keep] = False
+def _on_what_stays(dense: nn.Module, small: nn.Module, places: _Places, order: int) -> Iterator[None]:
+    """While it lasts, norms and embeddings run as those of the smaller model, and give zero where something went."""
 
-    def grown(made: Tensor) -> Tensor:
-        return made.new_zeros((*made.shape[:-1], width)).index_copy_(-1, keep, made)
+    def grown(made: Tensor, index: Tensor, width: int) -> Tensor:
+        return made.new_zeros((*made.shape[:-1], width)).index_copy_(-1, index, made)
 
-    def norm(narrow: nn.Module, path: str) -> Any:
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if bool((x[..., gone] != 0).any()):
-                raise NotAtZeroError(f"channels that went are not zero at {path}")
-            return grown(narrow(x[..., keep], *args, **kwargs))
+    def norm(whole: Any, narrow: nn.Module, path: str, width: int, indices: list[Tensor]) -> Any:
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if x.shape[-1] != width:
+                return whole(x, *args, **kwargs)
+            for index in indices:
+                gone = torch.ones(width, dtype=torch.bool)
+                gone[index] = False
+                if not bool((x[..., gone] != 0).any()):
+                    return grown(narrow(x[..., index], *args, **kwargs), index, width)
+            raise NotAtZeroError(f"channels that went are not zero at {path}")
 
         return forward
 
     def embedding(narrow: nn.Module) -> Any:
-        return lambda *args, **kwargs: grown(narrow(*args, **kwargs))
+        return lambda *args, **kwargs: grown(narrow(*args, **kwargs), places.keep, places.width)
 
     changed = []
     for path, module in dense.named_modules():
@@ -228,8 +244,10 @@ def _on_what_stays(dense: nn.Module, small: nn.Module, places: _Places) -> Itera
         names = [f"{path}.{name}" for name in own]
         if not own or path in places.modules:
             continue
-        if not list(module.children()) and all(name in places.before and places.hidden(name) for name in names):
-            module.forward = norm(small.get_submodule(path), path)
+        leaf = not list(module.children()) and all(name in places.before for name in names)
+        if leaf and (indices := places.along(names, order)):
+            narrow, width = small.get_submodule(path), len(places.before[names[0]])
+            module.forward = norm(module.forward, narrow, path, width, indices)
             changed.append(module)
         elif isinstance(module, nn.Embedding) and places.hidden_columns(names[0]):
             module.forward = embedding(small.get_submodule(path))

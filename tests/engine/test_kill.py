@@ -37,7 +37,8 @@ WATCHED = [
 
 def _prune(folder: Path, out: Path, **options: Any) -> None:
     torch.set_num_threads(1)  # the same in parent and children: another number of threads may round differently
-    options = {"method": "sparsegpt", "calibration": calibration_for("llama"), **options}
+    # A forked child cannot use an accelerator that its parent has opened.
+    options = {"method": "sparsegpt", "calibration": calibration_for("llama"), "device": "cpu", **options}
     secateur.prune(folder, out, verify=False, evaluate=False, **options)
 
 

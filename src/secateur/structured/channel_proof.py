@@ -20,12 +20,13 @@ from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.forward import NoSink, forward_outputs, probe_inputs
 from secateur.engine.inputs import output_tensor
 from secateur.errors import UnsupportedModelError
-from secateur.structured.channel_norms import mean_where_gone
 from secateur.structured.channel_readers import find_head
 from secateur.structured.channels import Channels, CutBinding
 from secateur.structured.configure import ANOTHER_STRUCTURE
+from secateur.structured.couplings import Coupling
 from secateur.structured.explore import RandomTensors
-from secateur.structured.proof import TOLERANCE
+from secateur.structured.means import mean_where_gone
+from secateur.structured.proof import TOLERANCE, raised, shared_norms_see_what_stays, silence
 
 
 class _Trial:
@@ -71,8 +72,11 @@ def _prove(
     gone = torch.ones(channels.before, dtype=torch.bool)
     gone[keep] = False
     scales = {name: gain.unit * (channels.before / channels.after) ** 0.5 for name, gain in channels.gains.items()}
-    consumers = {job.coupling.consumer: job.coupling for job in channels.every_job()}
-    what = "hidden channels" + (" and the units that go along" if consumers else "")
+    bound: dict[str, list[Coupling]] = {}
+    for job in channels.every_job():
+        for one in {cut.name for cut in job.coupling.cuts}:
+            bound.setdefault(one, []).append(job.coupling)
+    what = "hidden channels" + (" and the units that go along" if bound else "")
 
     def louder(name: str, tensor: Tensor) -> Tensor:
         # An epsilon in a norm, which counts for more where all channels are divided by, must not matter.
@@ -82,19 +86,28 @@ def _prove(
         made = louder(own(name), tensor.clone())
         for dim in channels.cuts.get(name, ()):
             made.index_fill_(dim, gone.nonzero().squeeze(1), 0.0)
-        if name in consumers:
-            cut, left = consumers[name].cuts[0], torch.ones(consumers[name].units, dtype=torch.bool)
-            left[units[name]] = False
-            made.index_fill_(cut.dim, cut.indices[left].reshape(-1), 0.0)
+        for coupling in bound.get(name, ()):
+            made = silence(name, made, coupling, units[coupling.consumer])
+        return made
+
+    def smaller_still(name: str, tensor: Tensor) -> Tensor:
+        made = louder(own(name), tensor)
+        for coupling in bound.get(name, ()):
+            made = raised(name, made, coupling, units[coupling.consumer])
         return made
 
     smaller = CutBinding(small, reader.keys, binding, channels, keep, scales, units)
     own = smaller.own_name
     source = RandomTensors(reader)
     probe = probe_inputs(model, tokens=12)
-    with find_head(channels, model, structure, binding), _norms_see_what_stays(channels, model, keep):
+    choices = [(job.coupling, units[job.coupling.consumer]) for job in channels.every_job()]
+    with (
+        find_head(channels, model, structure, binding),
+        _norms_see_what_stays(channels, model, keep),
+        shared_norms_see_what_stays(model, choices),
+    ):
         expected = _answer(model, structure, _Trial(binding, zeroed), source, probe)
-    cut = _Trial(smaller, lambda name, tensor: louder(own(name), tensor))
+    cut = _Trial(smaller, smaller_still)
     for _ in range(4):
         try:
             found = _answer(small, find_structure(small), cut, source, probe)

@@ -7,6 +7,8 @@ disturbed at one token, in the rows of some units only, and the consumer's input
 
 - Neurons: the disturbance arrives at the same token, in the columns of these units only.
 - Attention: it arrives in the columns of these units only, and for some candidate (keys, values) at other tokens too.
+  A norm over the whole output of a candidate (queries or keys of all heads) would carry it to all columns; it is looked
+  through then, and loses the entries of the units as well. Its weight stays what it is: heads are taken to be alike.
 
 A block is run on random weights for this, so the result does not hang on a weight that happens to be zero.
 """
@@ -58,6 +60,21 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class SharedNorm:
+    """A norm over what all units of a matrix give: its module, its weight, and the tensors of that matrix."""
+
+    module: str
+    weight: str
+    fed_by: tuple[str, ...]
+    centred: bool
+    """Whether it subtracts the mean over all units."""
+
+    def renamed(self, name: Callable[[str], str]) -> SharedNorm:
+        """The same in another block."""
+        return SharedNorm(name(self.module), name(self.weight), tuple(map(name, self.fed_by)), self.centred)
+
+
+@dataclass(frozen=True)
 class Heads:
     """Query heads, key-value groups, and numbers in a head, by a model's config."""
 
@@ -86,6 +103,8 @@ class Coupling:
     """How the attention is built; None for neurons."""
     experts: int = 0
     """How many experts are stacked in the tensors, each with as many units, 0 for none."""
+    norms: tuple[SharedNorm, ...] = ()
+    """Norms over all units."""
     group: str = ""
     """Couplings with one name here keep the same number of units; the kind where a model has one number for all."""
 
@@ -157,8 +176,12 @@ def _of_siblings(
                 continue
             old, new = (".".join(parts[: places[0] + 1]) + "." for parts in (ours, theirs))
             names = {cut.name: new + cut.name.removeprefix(old) for cut in coupling.cuts if cut.name.startswith(old)}
-            if len(names) == len(coupling.cuts) and all(
-                other in tensors and tensors[other].shape == tensors[name].shape for name, other in names.items()
+            if (
+                not coupling.norms
+                and len(names) == len(coupling.cuts)
+                and all(
+                    other in tensors and tensors[other].shape == tensors[name].shape for name, other in names.items()
+                )
             ):
                 cuts = tuple(dataclasses.replace(cut, name=names[cut.name]) for cut in coupling.cuts)
                 made[matrix.name] = dataclasses.replace(coupling, consumer=matrix.name, cuts=cuts)
@@ -194,22 +217,20 @@ def _attention(observer: Observer, consumer: MatrixSpec, tensors: Mapping[str, T
     """
     for heads in heads_of(config, consumer.in_features):
         number = torch.arange(consumer.in_features)
-        by_group, spread = _fed_by(observer, consumer, number.reshape(heads.groups, -1), heads, tensors, _group_rows)
+        columns = number.reshape(heads.groups, -1)
+        by_group, norms, spread, parts = _fed_by(observer, consumer, columns, heads, tensors, _group_rows)
         if not spread:
             continue
-        if heads.groups == 1:
-            by_group = []
         found = []
-        if by_group:
-            columns = number.reshape(heads.groups, -1)
+        if by_group and heads.groups > 1:
             cuts = (_consumer_cut(consumer, columns), *by_group)
-            found.append(Coupling("kv-groups", consumer.name, columns, cuts, heads=heads))
+            found.append(Coupling("kv-groups", consumer.name, columns, cuts, parts, heads, norms=norms))
         if heads.each > 1:
             columns = number.reshape(heads.query, -1)
-            by_head, _ = _fed_by(observer, consumer, columns, heads, tensors, _head_rows)
+            by_head, norms, _, _ = _fed_by(observer, consumer, columns, heads, tensors, _head_rows)
             if by_head:
                 cuts = (_consumer_cut(consumer, columns), *by_head)
-                found.append(Coupling("heads", consumer.name, columns, cuts, parts=heads.groups, heads=heads))
+                found.append(Coupling("heads", consumer.name, columns, cuts, heads.groups, heads, norms=norms))
         if found:
             return found
     return []
@@ -217,54 +238,78 @@ def _attention(observer: Observer, consumer: MatrixSpec, tensors: Mapping[str, T
 
 def _fed_by(
     observer: Observer, consumer: MatrixSpec, columns: Tensor, heads: Heads, tensors: Mapping[str, Tensor],
-    layouts: Callable[[int, Heads], Iterator[Tensor]],
-) -> tuple[list[Cut], bool]:  # fmt: skip
-    """The rows that feed the units of an attention, and whether any of them reaches other tokens."""
+    layouts: Callable[[int, Heads], Iterator[tuple[Tensor, int]]],
+) -> tuple[list[Cut], tuple[SharedNorm, ...], bool, int]:  # fmt: skip
+    """What feeds the units of an attention.
+
+    Returns:
+        The rows, norms over them, whether any of them reaches other tokens, and the parts they are stored in.
+    """
     cuts: list[Cut] = []
-    spread = False
+    norms: list[SharedNorm] = []
+    spread, most = False, 1
     for producer in observer.reaching(consumer):
-        for rows in layouts(producer.out_features, heads):
+        over = observer.norms.get(producer.name)
+        for rows, parts in layouts(producer.out_features, heads):
             fed = _feeds(observer, producer, rows, consumer, columns, spreads=True)
+            through = fed is None and over is not None
+            if through:
+                fed = _feeds(observer, producer, rows, consumer, columns, spreads=True, past_norms=True)
             if fed is not None:
-                spread |= fed
-                cuts += _cuts_of(producer, rows, tensors)
+                spread, most = spread | fed, max(most, parts)
+                own = _cuts_of(producer, rows, tensors)
+                cuts += own
+                if through and over is not None:
+                    cuts.append(Cut(over.weight, 0, rows))
+                    fed_by = tuple(cut.name for cut in own)
+                    norms.append(SharedNorm(over.module, over.weight, fed_by, over.centred))
                 break
-    return cuts, spread
+    return cuts, tuple(norms), spread, most
 
 
-def _group_rows(out_features: int, heads: Heads) -> Iterator[Tensor]:
-    """Rows of each group, (groups, rows): queries, keys or values, all three one after the other, or group by group."""
+def _group_rows(out_features: int, heads: Heads) -> Iterator[tuple[Tensor, int]]:
+    """Rows of each group, (groups, rows), and how many parts they are stored in, of which each keeps as many.
+
+    Queries, keys or values, all three one after the other, or group by group; or in parts, each with all three.
+    """
     k, d, each = heads.groups, heads.size, heads.each
     number = torch.arange(out_features)
     if out_features % k == 0:  # also with a gate beside every query, or values of another size
-        yield number.reshape(k, -1)
+        yield number.reshape(k, -1), 1
     if out_features == (each + 2) * k * d:
         query, key, value = number.split([heads.query * d, k * d, k * d])
-        yield torch.cat([query.reshape(k, -1), key.reshape(k, d), value.reshape(k, d)], dim=1)
+        yield torch.cat([query.reshape(k, -1), key.reshape(k, d), value.reshape(k, d)], dim=1), 1
+        for parts in (2, 4, 8):
+            if each == 1 and k % parts == 0 and k > parts:
+                yield number.reshape(parts, 3, k // parts, d).transpose(1, 2).reshape(k, 3 * d), parts
 
 
-def _head_rows(out_features: int, heads: Heads) -> Iterator[Tensor]:
+def _head_rows(out_features: int, heads: Heads) -> Iterator[tuple[Tensor, int]]:
     """Rows of each query head, (heads, rows), in the same orders; keys and values stay."""
     k, d, each = heads.groups, heads.size, heads.each
     number = torch.arange(out_features)
     if out_features % heads.query == 0:
-        yield number.reshape(heads.query, -1)
+        yield number.reshape(heads.query, -1), 1
     if out_features == (heads.query + 2 * k) * d:
-        yield number[: heads.query * d].reshape(heads.query, d)
-        yield number.reshape(k, each + 2, d)[:, :each].reshape(heads.query, d)
+        yield number[: heads.query * d].reshape(heads.query, d), 1
+        yield number.reshape(k, each + 2, d)[:, :each].reshape(heads.query, d), 1
 
 
 def _feeds(
-    observer: Observer, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec, columns: Tensor, *, spreads: bool
-) -> bool | None:
+    observer: Observer, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec, columns: Tensor, *, spreads: bool,
+    past_norms: bool = False,
+) -> bool | None:  # fmt: skip
     """Whether disturbed rows of some units arrive in the columns of these units only: None when they do not.
+
+    Args:
+        past_norms: look through norms over the whole output of a matrix.
 
     Returns:
         Whether other tokens see the disturbance as well. With ``spreads`` unset that counts as None, too.
     """
     units = len(rows)
     some = torch.arange(units) % 3 == 1 if units > 2 else torch.arange(units) == units - 1
-    found = observer.changed(producer, rows[some].reshape(-1), consumer)
+    found = observer.changed(producer, rows[some].reshape(-1), consumer, past_norms=past_norms)
     if found is None:
         return None
     tokens, touched = found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,6 +14,20 @@ from secateur.engine.blocks import Block, MatrixSpec
 
 _ALL = torch.empty(0)
 """Stands for all rows at all tokens."""
+
+
+@dataclass(frozen=True)
+class NormOver:
+    """A norm over the whole output of a matrix: its module, its weight there, and whether it subtracts the mean."""
+
+    module: str
+    leaf: str
+    centred: bool
+
+    @property
+    def weight(self) -> str:
+        """The name of its weight."""
+        return f"{self.module}.{self.leaf}"
 
 
 class Observer:
@@ -30,6 +46,9 @@ class Observer:
             self._spreads[producer.name] = {
                 name: int(found[0].sum()) > 1 for name, found in arrives.items() if found and bool(found[1].any())
             }
+        self.norms = self._norms()
+        """Matrix -> the norm over its whole output."""
+        self._bare: dict[str, Tensor] | None = None
 
     def reaching(self, consumer: MatrixSpec) -> list[MatrixSpec]:
         """The matrices whose output has some effect on a consumer's input."""
@@ -52,13 +71,70 @@ class Observer:
         around = _changes(before, self._watch(others, _ALL, held=producers).get(consumer.name))
         return around is None or not bool(around[1].any())  # None where a router sent other tokens
 
-    def changed(self, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec) -> tuple[Tensor, Tensor] | None:
+    def changed(
+        self, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec, *, past_norms: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """Tokens and columns of the consumer's input that a disturbance of these rows, at one token, changes.
+
+        Args:
+            past_norms: as if `norms` were not there.
 
         Returns:
             Two bool tensors, or None when the consumer was not reached in the same way.
         """
-        return _changes(self._inputs[consumer.name], self._watch([producer], rows).get(consumer.name))
+        if not past_norms:
+            return _changes(self._inputs[consumer.name], self._watch([producer], rows).get(consumer.name))
+        with self._without_norms():
+            if self._bare is None:
+                self._bare = self._watch([], None)
+            if consumer.name not in self._bare:
+                return None
+            return _changes(self._bare[consumer.name], self._watch([producer], rows).get(consumer.name))
+
+    def _norms(self) -> dict[str, NormOver]:
+        given: dict[str, Any] = {}
+        found: dict[str, NormOver] = {}
+
+        def see(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                given[name] = output
+
+            return hook
+
+        def compare(path: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                leaf, weight = next(iter(module.named_parameters()))
+                for name, made in given.items():
+                    if args and args[0] is made and made.shape[-1:] == weight.shape and _is_norm(module, made):
+                        centred = _same(module, made, made + made.abs().amax())
+                        found[name] = NormOver(f"{self._prefix}{path}", leaf, centred)
+
+            return hook
+
+        handles = [self._module_of(matrix).register_forward_hook(see(matrix.name)) for matrix in self.reached]
+        for path, module in self._module.named_modules():
+            if [parameter.ndim for parameter in module.parameters()] == [1]:
+                handles.append(module.register_forward_hook(compare(path)))
+        try:
+            self._run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @contextmanager
+    def _without_norms(self) -> Iterator[None]:
+        """While it lasts, `norms` give what they get."""
+        paths = {norm.module.removeprefix(self._prefix) for norm in self.norms.values()}
+        handles = [
+            self._module.get_submodule(path).register_forward_hook(lambda module, args, output: args[0])
+            for path in paths
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _module_of(self, matrix: MatrixSpec) -> nn.Module:
         return self._module.get_submodule(matrix.module.removeprefix(self._prefix))
@@ -140,3 +216,14 @@ def _changes(before: Tensor, after: Tensor | None) -> tuple[Tensor, Tensor] | No
         return None
     different = (before - after).abs() > 1e-6 * before.abs().amax().clamp_min(1e-30)
     return different.any(dim=1), different.any(dim=0)
+
+
+def _is_norm(module: nn.Module, x: Tensor) -> bool:
+    """Whether the output is the same for an input twice as large, up to an epsilon."""
+    return _same(module, 1e3 * x, 2e3 * x)
+
+
+def _same(module: nn.Module, x: Tensor, y: Tensor) -> bool:
+    # Not called as a module: it is one of its hooks that asks.
+    one, two = module.forward(x), module.forward(y)
+    return bool((one - two).abs().max() <= 1e-4 * one.abs().max())

@@ -243,4 +243,5 @@ def _renamed(coupling: Coupling, old: str, new: str) -> Coupling:
         return new + full.removeprefix(old)
 
     cuts = tuple(dataclasses.replace(cut, name=name(cut.name)) for cut in coupling.cuts)
-    return dataclasses.replace(coupling, consumer=name(coupling.consumer), cuts=cuts)
+    norms = tuple(norm.renamed(name) for norm in coupling.norms)
+    return dataclasses.replace(coupling, consumer=name(coupling.consumer), cuts=cuts, norms=norms)
