@@ -76,6 +76,54 @@ def test_removed_is_what_zeroed_would_compute(family: str, tmp_path: Path) -> No
     check(folder, out, result, _inputs(_stock(folder)))
 
 
+_LLAMA_LIKE = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+OTHERWISE = {
+    # Norms over the queries and over the keys of all heads: one that divides only, one that subtracts the mean as well.
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {**_LLAMA_LIKE, "num_key_value_heads": 4}),
+    "esmc": ("EsmcConfig", "EsmcForMaskedLM", {**_LLAMA_LIKE, "num_attention_heads": 4}),
+    # Queries, values and keys in four parts, with two heads in each.
+    "codegen": (
+        "CodeGenConfig", "CodeGenForCausalLM",
+        {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 8, "n_positions": 64, "rotary_dim": 4},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERWISE)
+def test_heads_that_hang_together_or_lie_in_parts(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What feeds a norm over all heads is removed along with them, and the norm's weight; parts keep as many each."""
+    monkeypatch.setitem(models.FAMILIES, family, OTHERWISE[family])
+    folder, out = save_tiny(tmp_path / "model", family), tmp_path / "out"
+    result = _prune(folder, out, family, sparsity=0.5)
+    made = _stock(out)
+    check(folder, out, result, _inputs(_stock(folder)))
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    width = made.config.hidden_size
+    assert width < _stock(folder).config.hidden_size
+    if family == "codegen":
+        assert made.config.n_head == 4
+        kept = [one.units for one in result.matrices if one.units is not None and "out_proj" in one.name]
+        assert kept
+        assert all([unit // 2 for unit in units] == [0, 1, 2, 3] for units in kept)
+    else:
+        norms = [shape for name, shape in shapes.items() if name.endswith(("q_norm.weight", "k_norm.weight"))]
+        assert norms == [(width,)] * 4
+
+
+def test_a_norm_over_the_keys_of_fewer_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped queries: the norm of the keys is as long as the groups are."""
+    monkeypatch.setitem(
+        models.FAMILIES, "olmo2", ("Olmo2Config", "Olmo2ForCausalLM", {**_LLAMA_LIKE, "num_key_value_heads": 2})
+    )
+    folder, out = save_tiny(tmp_path / "model", "olmo2"), tmp_path / "out"
+    result = _prune(folder, out, "olmo2", structure="kv-groups,hidden", sparsity=0.5)
+    check(folder, out, result, _inputs(_stock(folder)))
+    assert _stock(out).config.num_key_value_heads == 1
+
+
 def test_the_check_can_fail(tmp_path: Path) -> None:
     """Another channel than the result says."""
     folder, out = save_tiny(tmp_path / "model", "bert"), tmp_path / "out"
