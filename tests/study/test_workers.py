@@ -112,6 +112,26 @@ def test_a_trial_that_kills_three_workers_is_given_up(place, mortal):
     assert sum("trial 1: killed" in warning for warning in recorder.warnings) == 3
 
 
+def test_no_worker_waits_for_a_model_that_another_prunes(place, mortal):
+    """With and without recovery from one pruned model: never begun side by side while something else is left."""
+    pool = mortal({})
+    space = {"sparsity": [0.3, 0.5, 0.7], "recovery": ["none", {"mode": "full", "loss": "lm", "tokens": 256}]}
+    side_by_side: list[tuple[float, float]] = []
+    submit = pool.submit
+
+    def watched(task):
+        side_by_side.extend((one.recipe["sparsity"], task.recipe["sparsity"]) for one in pool.waiting)
+        submit(task)
+
+    pool.submit = watched
+    result = run_study(write_study(place, space=space), workers=2)
+    assert [trial.state for trial in result.trials] == ["complete"] * 6
+    found = sorted((trial.settings["sparsity"], trial.settings["recovery"] == "none") for trial in result.trials)
+    assert found == [(sparsity, alone) for sparsity in (0.3, 0.5, 0.7) for alone in (False, True)]
+    assert len(side_by_side) == 5
+    assert sum(a == b for a, b in side_by_side) <= 1  # at most the last two, when nothing else is left
+
+
 def test_workers_and_ray_contradict_each_other(place):
     from secateur.errors import StudyError
 

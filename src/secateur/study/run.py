@@ -78,6 +78,7 @@ class _Run:
         self._dense_first = 0.0
         self._dense_right = ""
         self._grid: Iterator[dict[str, Any]] | None = None
+        self._later: list[dict[str, Any]] = []
         self._spans: dict[str, Values] = {}
         self._exhausted = False
 
@@ -242,12 +243,24 @@ class _Run:
             done = [trial.settings for trial in self.store.trials()]
             self._grid = (settings for settings in self.spec.grid() if settings not in done)
             self._spans = _spans(self.spec)
-        settings = next(self._grid, None)
+        settings = self._drawn(self._grid)
         if settings is None:
             self._exhausted = True
             return None
         params = {name: value for name, value in settings.items() if name in self._spans}
         return self.store.begin(settings, params, self._spans)
+
+    def _drawn(self, grid: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
+        """The next of the grid whose pruned model no running trial makes, as it would wait for it; None at the end."""
+        making = [_pruned_by(self._trial(number).settings) for number in self._tasks]
+        for place, settings in enumerate(self._later):
+            if _pruned_by(settings) not in making:
+                return self._later.pop(place)
+        for settings in grid:
+            if _pruned_by(settings) not in making:
+                return settings
+            self._later.append(settings)
+        return self._later.pop(0) if self._later else None
 
     def _submit(self, pool: Pool, number: int) -> None:
         trial = self._trial(number)
@@ -375,3 +388,8 @@ def told(trial: Trial, objectives: Mapping[str, Any]) -> str:
         for name in objectives
     )
     return f"{settings}: {values}" + (" (misses a constraint)" if trial.meets is False else "")
+
+
+def _pruned_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a trial's settings decides which pruned model it takes."""
+    return {name: value for name, value in settings.items() if name != "recovery"}
