@@ -190,6 +190,12 @@ def _of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Str
             + (": the feed-forward networks are made of experts" if experts else ""),
             hint=_where_heads_are(every) if kind == "heads" else _ANOTHER,
         )
+    if over := next((norm for coupling in found for norm in coupling.norms), None):
+        # While a model is pruned its norms see all heads; those of the smaller model would answer otherwise.
+        raise UnsupportedModelError(
+            f"{over.module} is a norm over all {noun(kind)}: they cannot go alone",
+            hint=f"with hidden channels they can: --structure {kind},hidden",
+        )
     if len({coupling.units for coupling in found}) == 1:
         return found
     return [dataclasses.replace(coupling, group=f"{kind} of {coupling.units}") for coupling in found]
@@ -216,7 +222,9 @@ def _stay(coupling: Coupling, wanted: float, round_to: int) -> int:
         near = [count for count in (units - step, lowest) if 0 < count < units]
         raise (
             SparsityError(
-                f"{wanted:,.1f} of {units:,} {noun(kind)} cannot stay in each block: they go in steps of {step}",
+                f"{wanted:,.1f} of {units:,} {noun(kind)} cannot stay in each block: they go in steps of {step}"
+                if wanted >= 0
+                else f"more than all {units:,} {noun(kind)} of each block would have to go: they are too few weights",
                 hint=f"the {noun(kind)} that can stay are {near[-1]:,} to {near[0]:,}; choose another --sparsity"
                 + (", or a smaller --round-to" if kind == "ffn" else ""),
             )
