@@ -237,8 +237,8 @@ def test_resumed_is_the_uninterrupted_run(structure: str, tmp_path: Path) -> Non
         (UsageError, "method obs needs --structure", {"method": secateur.Obs()}),
         (UsageError, "has no meaning with --structure", {"method": secateur.Wanda(), "structure": "ffn"}),
         (SparsityError, "cannot stay", {"structure": "ffn", "sparsity": 0.001}),
-        (SparsityError, "cannot stay", {"structure": "ffn", "sparsity": 0.9}),
-        (SparsityError, "cannot stay", {"structure": "kv-groups", "sparsity": 0.9}),
+        (SparsityError, "would have to go", {"structure": "ffn", "sparsity": 0.9}),
+        (SparsityError, "would have to go", {"structure": "kv-groups", "sparsity": 0.9}),
     ],
 )
 def test_refused_before_work(
