@@ -1,4 +1,4 @@
-"""An accelerator gives what the CPU gives: every method, structure, allocation, recovery and conversion.
+"""An accelerator gives what the CPU gives: every method, structure, allocation, recovery; conversions in their shapes.
 
 Skipped where torch sees none. Forwards are float32 on both sides, so that only the order of sums differs.
 """

@@ -132,6 +132,14 @@ def test_no_worker_waits_for_a_model_that_another_prunes(place, mortal):
     assert sum(a == b for a, b in side_by_side) <= 1  # at most the last two, when nothing else is left
 
 
+def test_a_budget_of_trials_is_the_first_of_the_grid_with_any_number_of_workers(place, mortal):
+    mortal({})
+    space = {"sparsity": [0.3, 0.5, 0.7], "recovery": ["none", {"mode": "full", "loss": "lm", "tokens": 256}]}
+    result = run_study(write_study(place, space=space, budget={"trials": 3}), workers=2)
+    found = sorted((trial.settings["sparsity"], trial.settings["recovery"] == "none") for trial in result.trials)
+    assert found == [(0.3, False), (0.3, True), (0.5, True)]
+
+
 def test_workers_and_ray_contradict_each_other(place):
     from secateur.errors import StudyError
 

@@ -96,7 +96,7 @@ class Coupling:
     consumer: str
     columns: Tensor
     cuts: tuple[Cut, ...]
-    """Of the consumer itself, of the matrices that feed it, and of their biases."""
+    """Of the consumer itself, of the matrices that feed it, of their biases, and of norms over them."""
     parts: int = 1
     """As many units go from each of this many equal, consecutive parts: query heads, from each group."""
     heads: Heads | None = None

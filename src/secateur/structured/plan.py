@@ -194,7 +194,7 @@ def _of_kind(every: Mapping[int, Sequence[Coupling]], kind: Kind, structure: Str
         # While a model is pruned its norms see all heads; those of the smaller model would answer otherwise.
         raise UnsupportedModelError(
             f"{over.module} is a norm over all {noun(kind)}: they cannot go alone",
-            hint=f"with hidden channels they can: --structure {kind},hidden",
+            hint=f"with hidden channels they may go: --structure {kind},hidden",
         )
     if len({coupling.units for coupling in found}) == 1:
         return found

@@ -302,11 +302,12 @@ def feeding_of(coupling: Coupling, tensors: Mapping[str, Tensor], expert: int = 
     """Sum of squares of the weights that go with each unit, beside the consumer's; (units,) float64.
 
     Args:
-        tensors: all of the block by name; what lies outside it is not counted.
+        tensors: all of the block by name; what lies outside it is not counted, nor are norms.
     """
     total = torch.zeros(coupling.units, dtype=torch.float64)
+    norms = {norm.weight for norm in coupling.norms}
     for cut in coupling.cuts[1:]:
-        if cut.name not in tensors:
+        if cut.name not in tensors or cut.name in norms:
             continue
         tensor, dim = tensors[cut.name], cut.dim
         if coupling.experts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -241,7 +242,8 @@ class _Run:
     def _next_of_grid(self) -> int | None:
         if self._grid is None:
             done = [trial.settings for trial in self.store.trials()]
-            self._grid = (settings for settings in self.spec.grid() if settings not in done)
+            first = itertools.islice(self.spec.grid(), self.spec.trials)  # whatever order workers take them in
+            self._grid = (settings for settings in first if settings not in done)
             self._spans = _spans(self.spec)
         settings = self._drawn(self._grid)
         if settings is None:
