@@ -7,8 +7,7 @@ Python ("Python text"). "sparsegpt" is the published method, in the same engine;
 "best" is ALPS with `--error-correction auto`, which is what `--method best` stands for; "block" and "half-block" are
 `--reconstruct` as it is by default, "2 blocks" and "4 blocks" two and four passes at a rate of 1e-3; names of
 allocations are `--allocation`, "bits" is `--bits` in groups of 64. "of sparsegpt" is the perplexity by that of
-sparsegpt with the same text. Minutes are of the whole process that prunes; on the H200 fourteen other such processes
-ran beside it.
+sparsegpt with the same text. Minutes are of the whole process that prunes, one of as many as "at once" says.
 
     SECATEUR_DATA=folder python benchmarks/one_shot.py [--only "50%, best, seed 1;..."] [--jobs N] [--log FILE]
 """
@@ -61,7 +60,7 @@ NAMES = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="names of runs, divided by semicolons")
+    parser.add_argument("--only", help="names of runs, divided by semicolons; of sparsegpt is known with its row")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--log", type=Path, help="append every row to this file, and take finished rows from it")
     parser.add_argument("--questions", action="store_true", help="BLiMP and PIQA as well, of sparsegpt, best and block")
@@ -71,7 +70,10 @@ def main() -> None:
     if options.log and options.log.exists():
         known = {row["run"]: row for row in map(json.loads, options.log.read_text().splitlines())}
     wanted = [each for each in NAMES if options.only is None or _name(*each) in options.only.split(";")]
+    if options.only and (unknown := set(options.only.split(";")) - {_name(*each) for each in NAMES}):
+        raise SystemExit(f"no such run: {'; '.join(sorted(unknown))}")
     writing, machine = threading.Lock(), _common.machine()
+    device = machine["accelerator"] or machine["processor"]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
         texts = _reference.parts(data, 6, Path(scratch))
 
@@ -83,7 +85,7 @@ def main() -> None:
                 asked = options.questions and seed == 1 and way in REPEATED
                 found = _measured([*WAYS[way], *PATTERNS[pattern]], texts[seed - 1], out, data, asked)
                 with writing:
-                    known[name] = {"run": name, **found, "on": machine["accelerator"] or machine["processor"]}
+                    known[name] = {"run": name, **found, "at once": options.jobs, "on": device}
                     print(json.dumps(known[name]), flush=True)
                     if options.log:
                         with options.log.open("a") as file:

@@ -88,7 +88,10 @@ def test_chance_is_the_same(models: dict[str, Path], tmp_path: Path) -> None:
 ], ids=lambda settings: " ".join(map(str, settings.values())))  # fmt: skip
 def test_solvers(settings: dict[str, Any], tmp_path: Path) -> None:
     wide = save_tiny(tmp_path / "wide", "llama", hidden_size=64, intermediate_size=64, head_dim=16)
-    _alike(*_both(wide, tmp_path, **settings), masks=0.9)
+    rounded = (
+        settings["method"] == "alps" and "bits" in settings
+    )  # what is rounded otherwise is searched otherwise after
+    _alike(*_both(wide, tmp_path, **settings), masks=0.9 if rounded else 0.97)
 
 
 @pytest.mark.parametrize("scope", ["block", "half-block"])

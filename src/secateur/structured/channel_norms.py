@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from secateur.errors import UnsupportedModelError
 from secateur.structured.channels import Gain
 from secateur.structured.configure import ANOTHER_STRUCTURE
-from secateur.structured.means import filled
 from secateur.structured.proof import TOLERANCE
 
 
@@ -31,7 +31,7 @@ def gain_of(whole: nn.Module, small: nn.Module, name: str, keep: Tensor) -> tupl
     x = torch.randn(6, size, generator=generator)
     try:
         centred = _same(_run(whole, weights, x + 1), _run(whole, weights, x))
-        zeroed = filled(x, keep, centred=centred)
+        zeroed = _filled(x, keep, centred=centred)
         wide = _run(whole, weights, zeroed)[:, keep]
         narrow = _run(small, {leaf: weight[keep] for leaf, weight in weights.items()}, x[:, keep])
         doubled = _run(whole, weights, 2 * zeroed)[:, keep]
@@ -62,6 +62,29 @@ def gain_of(whole: nn.Module, small: nn.Module, name: str, keep: Tensor) -> tupl
         )
     bias = None if adds is None else f"{name}.{adds}"
     return leaf, Gain(name, round(offset, 6), ratio * (len(keep) / size) ** 0.5, bias, centred)
+
+
+def _filled(x: Tensor, keep: Tensor, *, centred: bool) -> Tensor:
+    """Inputs (..., channels) of a norm in which only the channels ``keep`` say something.
+
+    The others are zero, or the mean of those that stay for a norm that subtracts the mean: then neither it nor what is
+    left after it hangs on them.
+    """
+    mean = x[..., keep].mean(dim=-1, keepdim=True) if centred else torch.zeros_like(x[..., :1])
+    made = mean.expand(x.shape).clone()
+    made[..., keep] = x[..., keep]
+    return made
+
+
+def mean_where_gone(keep: Tensor) -> Callable[..., Any]:
+    """A hook for a norm that subtracts the mean: channels that go come in as the mean of those that stay."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        states = args[0] if args else next(iter(kwargs.values()))
+        made = _filled(states, keep.to(states.device), centred=True)
+        return ((made, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): made})
+
+    return hook
 
 
 def _added(whole: nn.Module, weights: Mapping[str, Tensor], x: Tensor) -> str | None:

@@ -20,13 +20,13 @@ from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.forward import NoSink, forward_outputs, probe_inputs
 from secateur.engine.inputs import output_tensor
 from secateur.errors import UnsupportedModelError
+from secateur.structured.channel_norms import mean_where_gone
 from secateur.structured.channel_readers import find_head
 from secateur.structured.channels import Channels, CutBinding
 from secateur.structured.configure import ANOTHER_STRUCTURE
 from secateur.structured.couplings import Coupling
 from secateur.structured.explore import RandomTensors
-from secateur.structured.means import mean_where_gone
-from secateur.structured.proof import TOLERANCE, raised, shared_norms_see_what_stays, silence
+from secateur.structured.proof import TOLERANCE
 
 
 class _Trial:
@@ -87,25 +87,21 @@ def _prove(
         for dim in channels.cuts.get(name, ()):
             made.index_fill_(dim, gone.nonzero().squeeze(1), 0.0)
         for coupling in bound.get(name, ()):
-            made = silence(name, made, coupling, units[coupling.consumer])
+            made = _silenced(name, made, coupling, units[coupling.consumer])
         return made
 
     def smaller_still(name: str, tensor: Tensor) -> Tensor:
         made = louder(own(name), tensor)
         for coupling in bound.get(name, ()):
-            made = raised(name, made, coupling, units[coupling.consumer])
+            made = _raised(name, made, coupling, units[coupling.consumer])
         return made
 
     smaller = CutBinding(small, reader.keys, binding, channels, keep, scales, units)
     own = smaller.own_name
     source = RandomTensors(reader)
     probe = probe_inputs(model, tokens=12)
-    choices = [(job.coupling, units[job.coupling.consumer]) for job in channels.every_job()]
-    with (
-        find_head(channels, model, structure, binding),
-        _norms_see_what_stays(channels, model, keep),
-        shared_norms_see_what_stays(model, choices),
-    ):
+    centred = _centred_norms(channels, keep, units)
+    with find_head(channels, model, structure, binding), _norms_see_what_stays(model, centred):
         expected = _answer(model, structure, _Trial(binding, zeroed), source, probe)
     cut = _Trial(smaller, smaller_still)
     for _ in range(4):
@@ -134,12 +130,39 @@ def _prove(
     )
 
 
+def _silenced(name: str, tensor: Tensor, coupling: Coupling, units: Tensor) -> Tensor:
+    """A tensor with zeros for the units that go: in the consumer's columns, and in what norms over all units see."""
+    seen = {coupling.consumer, *(fed for norm in coupling.norms for fed in norm.fed_by)}
+    gone = torch.ones(coupling.units, dtype=torch.bool)
+    gone[units] = False
+    for cut in coupling.cuts:
+        if cut.name == name and name in seen:
+            tensor.index_fill_(cut.dim, cut.indices[gone].reshape(-1), 0.0)
+    return tensor
+
+
+def _raised(name: str, tensor: Tensor, coupling: Coupling, units: Tensor) -> Tensor:
+    """The weight of a norm over the units that stay, for the others being zero: they are in the mean no more."""
+    over = any(name == norm.weight for norm in coupling.norms)
+    return tensor * (coupling.units / len(units)) ** 0.5 if over else tensor
+
+
+def _centred_norms(channels: Channels, keep: Tensor, units: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Norms that subtract a mean, and what they see that stays: channels, or the numbers of units."""
+    found = {gain.module: keep for gain in channels.gains.values() if gain.centred}
+    for job in channels.every_job():
+        for norm in (norm for norm in job.coupling.norms if norm.centred):
+            rows = next(cut for cut in job.coupling.cuts if cut.name == norm.weight)
+            found[norm.module] = rows.keep(units[job.coupling.consumer], rows.indices.numel())
+    return found
+
+
 @contextmanager
-def _norms_see_what_stays(channels: Channels, model: transformers.PreTrainedModel, keep: Tensor) -> Iterator[None]:
-    """While it lasts, norms that subtract a mean get channels that go at the mean of those that stay."""
-    paths = [gain.module for gain in channels.gains.values() if gain.centred]
+def _norms_see_what_stays(model: transformers.PreTrainedModel, centred: Mapping[str, Tensor]) -> Iterator[None]:
+    """While it lasts, norms that subtract a mean get what goes at the mean of what stays."""
     handles = [
-        model.get_submodule(path).register_forward_pre_hook(mean_where_gone(keep), with_kwargs=True) for path in paths
+        model.get_submodule(path).register_forward_pre_hook(mean_where_gone(stays), with_kwargs=True)
+        for path, stays in centred.items()
     ]
     try:
         yield

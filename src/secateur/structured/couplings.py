@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateur.engine.blocks import Block, MatrixSpec
 from secateur.structured.entries import entries_of
-from secateur.structured.observer import Observer
+from secateur.structured.observer import Observer, SharedNorm
 
 Kind = Literal["ffn", "kv-groups", "heads"]
 
@@ -57,21 +57,6 @@ class Cut:
             inner = Cut(self.name, self.dim - 1, self.indices)
             return torch.stack([inner.apply(one, own) for one, own in zip(tensor, units, strict=True)])
         return tensor.index_select(self.dim, self.keep(units, tensor.shape[self.dim]).to(tensor.device))
-
-
-@dataclass(frozen=True)
-class SharedNorm:
-    """A norm over what all units of a matrix give: its module, its weight, and the tensors of that matrix."""
-
-    module: str
-    weight: str
-    fed_by: tuple[str, ...]
-    centred: bool
-    """Whether it subtracts the mean over all units."""
-
-    def renamed(self, name: Callable[[str], str]) -> SharedNorm:
-        """The same in another block."""
-        return SharedNorm(name(self.module), name(self.weight), tuple(map(name, self.fed_by)), self.centred)
 
 
 @dataclass(frozen=True)
@@ -249,20 +234,18 @@ def _fed_by(
     norms: list[SharedNorm] = []
     spread, most = False, 1
     for producer in observer.reaching(consumer):
-        over = observer.norms.get(producer.name)
         for rows, parts in layouts(producer.out_features, heads):
             fed = _feeds(observer, producer, rows, consumer, columns, spreads=True)
-            through = fed is None and over is not None
-            if through:
+            norm = observer.norms.get(producer.name) if fed is None else None
+            if norm is not None:
                 fed = _feeds(observer, producer, rows, consumer, columns, spreads=True, past_norms=True)
             if fed is not None:
                 spread, most = spread | fed, max(most, parts)
                 own = _cuts_of(producer, rows, tensors)
                 cuts += own
-                if through and over is not None:
-                    cuts.append(Cut(over.weight, 0, rows))
-                    fed_by = tuple(cut.name for cut in own)
-                    norms.append(SharedNorm(over.module, over.weight, fed_by, over.centred))
+                if norm is not None:
+                    cuts.append(Cut(norm.weight, 0, rows))
+                    norms.append(dataclasses.replace(norm, fed_by=tuple(cut.name for cut in own)))
                 break
     return cuts, tuple(norms), spread, most
 

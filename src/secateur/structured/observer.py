@@ -17,17 +17,18 @@ _ALL = torch.empty(0)
 
 
 @dataclass(frozen=True)
-class NormOver:
-    """A norm over the whole output of a matrix: its module, its weight there, and whether it subtracts the mean."""
+class SharedNorm:
+    """A norm over the whole output of a matrix, without a bias: its module, its weight, and the matrix's tensors."""
 
     module: str
-    leaf: str
+    weight: str
+    fed_by: tuple[str, ...]
     centred: bool
+    """Whether it subtracts the mean."""
 
-    @property
-    def weight(self) -> str:
-        """The name of its weight."""
-        return f"{self.module}.{self.leaf}"
+    def renamed(self, name: Callable[[str], str]) -> SharedNorm:
+        """The same in another block."""
+        return SharedNorm(name(self.module), name(self.weight), tuple(map(name, self.fed_by)), self.centred)
 
 
 class Observer:
@@ -91,9 +92,9 @@ class Observer:
                 return None
             return _changes(self._bare[consumer.name], self._watch([producer], rows).get(consumer.name))
 
-    def _norms(self) -> dict[str, NormOver]:
+    def _norms(self) -> dict[str, SharedNorm]:
         given: dict[str, Any] = {}
-        found: dict[str, NormOver] = {}
+        found: dict[str, SharedNorm] = {}
 
         def see(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -106,8 +107,9 @@ class Observer:
                 leaf, weight = next(iter(module.named_parameters()))
                 for name, made in given.items():
                     if args and args[0] is made and made.shape[-1:] == weight.shape and _is_norm(module, made):
+                        owner = f"{self._prefix}{path}"
                         centred = _same(module, made, made + made.abs().amax())
-                        found[name] = NormOver(f"{self._prefix}{path}", leaf, centred)
+                        found[name] = SharedNorm(owner, f"{owner}.{leaf}", (name,), centred)
 
             return hook
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,8 @@ from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import set_tensor
 from secateur.errors import UnsupportedModelError
 from secateur.structured.configure import noun
-from secateur.structured.couplings import Coupling, Cut
+from secateur.structured.couplings import Coupling
 from secateur.structured.explore import Call
-from secateur.structured.means import mean_where_gone
 
 TOLERANCE = 1e-4
 """Largest difference, as a share of the largest output."""
@@ -40,47 +37,15 @@ def cut_tensors(tensors: Mapping[str, Tensor], choices: Sequence[tuple[Coupling,
 
 
 def zero_units(tensors: Mapping[str, Tensor], coupling: Coupling, units: Tensor) -> dict[str, Tensor]:
-    """The tensors with zeros for all units but the chosen ones: `silence` for each of them."""
-    if units.ndim == 2:  # units of each expert
-        cut = coupling.cuts[0]
-        inner = replace(coupling, cuts=(Cut(cut.name, cut.dim - 1, cut.indices),))
-        parts = [silence(cut.name, part, inner, own) for part, own in zip(tensors[cut.name], units, strict=True)]
-        return {**tensors, cut.name: torch.stack(parts)}
-    return {**tensors, **{cut.name: silence(cut.name, tensors[cut.name], coupling, units) for cut in coupling.cuts}}
-
-
-def silence(name: str, tensor: Tensor, coupling: Coupling, units: Tensor) -> Tensor:
-    """A tensor with zeros for the units that go: in the consumer's columns, and in what norms over all units see."""
-    seen = {coupling.cuts[0].name, *(fed for norm in coupling.norms for fed in norm.fed_by)}
-    gone = torch.ones(coupling.units, dtype=torch.bool)
-    gone[units] = False
-    for cut in coupling.cuts:
-        if cut.name == name and name in seen:
-            tensor = tensor.index_fill(cut.dim, cut.indices[gone].reshape(-1), 0.0)
-    return tensor
-
-
-@contextmanager
-def shared_norms_see_what_stays(model: nn.Module, choices: Sequence[tuple[Coupling, Tensor]]) -> Iterator[None]:
-    """While it lasts, norms that subtract a mean over all units get those that go at the mean of those that stay."""
-    handles = []
-    for coupling, units in choices:
-        for norm in (norm for norm in coupling.norms if norm.centred):
-            rows = next(cut for cut in coupling.cuts if cut.name == norm.weight)
-            keep = rows.keep(units, rows.indices.numel())
-            module = model.get_submodule(norm.module)
-            handles.append(module.register_forward_pre_hook(mean_where_gone(keep), with_kwargs=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def raised(name: str, tensor: Tensor, coupling: Coupling, units: Tensor) -> Tensor:
-    """The weight of a norm over the units that stay, for the others being zero: they are in the mean no more."""
-    over = any(name == norm.weight for norm in coupling.norms)
-    return tensor * (coupling.units / len(units)) ** 0.5 if over else tensor
+    """The tensors with zeros in the consumer's columns of all units but the chosen ones."""
+    cut = coupling.cuts[0]
+    weight = tensors[cut.name].clone()
+    stacked = units.ndim == 2  # units of each expert
+    for part, stay in zip(weight, units, strict=True) if stacked else [(weight, units)]:
+        gone = torch.ones(coupling.units, dtype=torch.bool)
+        gone[stay] = False
+        part.index_fill_(cut.dim - stacked, cut.indices[gone].reshape(-1), 0.0)
+    return {**tensors, cut.name: weight}
 
 
 def prove(
@@ -104,17 +69,13 @@ def prove(
     zeroed = dict(tensors)
     for coupling, units in choices:
         zeroed = zero_units(zeroed, coupling, units)
-    left = cut_tensors(tensors, choices)
-    for coupling, units in choices:
-        left.update({name: raised(name, left[name], coupling, units) for name in {n.weight for n in coupling.norms}})
-    for model, made in ((whole, zeroed), (small, left)):
+    for model, made in ((whole, zeroed), (small, cut_tensors(tensors, choices))):
         for name, tensor in made.items():
             set_tensor(model, name, tensor)
     names = " and ".join(dict.fromkeys(noun(coupling.kind) for coupling, _ in choices))
     args, kwargs = copied_call(*call)
     with torch.no_grad():
-        with shared_norms_see_what_stays(whole, choices):
-            expected = output_tensor(whole.get_submodule(block.name)(*args, **kwargs)).float()
+        expected = output_tensor(whole.get_submodule(block.name)(*args, **kwargs)).float()
         args, kwargs = copied_call(*call)
         try:
             found = output_tensor(small.get_submodule(block.name)(*args, **kwargs)).float()
