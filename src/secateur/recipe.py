@@ -56,7 +56,7 @@ class Recipe:
 
     method: str = "auto"
     """Pruning method; `secateur methods` lists them. auto is best, which stands for alps with --error-correction auto;
-    with --structure it is obs, for experts reap. Blocks are chosen by --depth-by instead."""
+    with --structure it is mixed, for hidden obs, for experts reap. Blocks are chosen by --depth-by instead."""
     method_options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method, as KEY=VALUE; `secateur methods NAME` lists them."""
     sparsity: float | None = None
@@ -157,7 +157,7 @@ class Recipe:
         object.__setattr__(self, "_asked", asked)
         method, correction = self.method, self.error_correction
         if method in STANDS_FOR and {*self.structure} != {"depth"}:
-            units = "reap" if "experts" in self.structure else "obs"
+            units = "reap" if "experts" in self.structure else "obs" if "hidden" in self.structure else "mixed"
             method = units if self.structure else best.METHOD
             correction = best.ERROR_CORRECTION if correction is None and not self.structure else correction
         object.__setattr__(self, "method", method)

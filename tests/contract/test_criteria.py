@@ -37,7 +37,13 @@ def units(size: int = 1, parts: int = 1, *, equal: bool = False, spoiled: bool =
 
 
 def test_there_are_criteria():
-    assert {"obs", "magnitude", "wanda", "flap", "taylor"} <= set(NAMES)
+    assert {"mixed", "obs", "magnitude", "wanda", "flap", "taylor"} <= set(NAMES)
+
+
+@pytest.mark.parametrize(("size", "parts", "same"), [(1, 1, "wanda"), (2, 1, "obs"), (2, 2, "obs"), (4, 1, "obs")])
+def test_mixed_takes_wanda_for_single_columns_and_obs_for_several(size, parts, same):
+    chosen = units(size, parts)
+    assert torch.equal(make_criterion("mixed").choose(chosen, 2), make_criterion(same).choose(chosen, 2))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,9 +50,12 @@ def test_a_named_method_is_not_corrected_unless_asked(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("structure", "method"),
-    [(("ffn",), "obs"), (("depth", "heads"), "obs"), (("experts",), "reap"), (("depth",), "auto")],
+    [
+        (("ffn",), "mixed"), (("depth", "heads"), "mixed"), (("hidden", "heads"), "obs"), (("experts",), "reap"),
+        (("depth",), "auto"),
+    ],
 )
-def test_units_have_the_default_that_they_had(structure: tuple[str, ...], method: str) -> None:
+def test_units_have_a_default_of_their_own(structure: tuple[str, ...], method: str) -> None:
     recipe = Recipe(structure=structure)
     assert (recipe.method, recipe.correction, recipe.combination) == (method, "off", None)
     assert Recipe.from_dict(recipe.to_dict()) == recipe

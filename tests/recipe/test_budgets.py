@@ -79,7 +79,7 @@ def test_a_recipe_that_contradicts_itself(words, values):
 
 def test_a_recipe_is_read_back():
     recipe = Recipe(budget="bytes=10MB", round_to=8)
-    assert recipe.method == "obs"
+    assert recipe.method == "mixed"
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert Recipe.from_dict({"budget": "decode=1.5x", "structure": "ffn,depth"}).structure == ("ffn", "depth")
     with pytest.raises(RecipeError, match="budget is 0.5"):

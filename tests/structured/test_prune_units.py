@@ -100,7 +100,7 @@ def test_removed_is_what_zeroed_would_compute(family: tuple[str, Path], structur
     assert result.sparsity == pytest.approx(share, abs=0.12)
 
 
-@pytest.mark.parametrize("method", ["obs", "magnitude", "wanda", "flap"])
+@pytest.mark.parametrize("method", ["mixed", "obs", "magnitude", "wanda", "flap"])
 def test_every_criterion_refits_and_passes_its_verification(method: str, tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "model", "qwen2")
     result = _prune(folder, tmp_path / "out", "qwen2", structure="ffn", sparsity=0.2, method=method, verify=True)
