@@ -62,6 +62,7 @@ def test_the_file_of_a_rule_prunes_as_the_rule_does(model: Path, tmp_path: Path,
     for matrix in direct.matrices:
         assert matrix.zeros == round(shares[matrix.name] * matrix.shape[0] * matrix.shape[1])
     assert any(sentence.startswith(f"Allocation {rule}: from") for sentence in direct.verdict)
+    assert direct.allocation == shares
 
 
 def test_a_file_is_moved_to_another_sparsity_where_that_is_asked_for(model: Path, tmp_path: Path) -> None:
@@ -73,6 +74,11 @@ def test_a_file_is_moved_to_another_sparsity_where_that_is_asked_for(model: Path
     before = [one.sparsity for one in made.matrices]
     after = [one.sparsity for one in result.matrices]
     assert [round(b - before[0], 2) for b in before] == [round(a - after[0], 2) for a in after]
+    (shown,) = secateur.report([tmp_path / "out"], run=False).allocations
+    assert (shown.name, shown.sparsity) == ("alloc.yaml, moved to 80.0%", pytest.approx(0.8))
+    assert [shown.least.sparsity, shown.most.sparsity] == pytest.approx([min(after), max(after)], abs=1e-2)
+    even = pruned(model, tmp_path / "even", sparsity=0.8)
+    assert even.allocation == {}
 
 
 def test_overrides_stay_out_of_what_is_divided(model: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
 from secateur.verbs.asked import combination_sentences, merge, tell_combination, tell_unmeasured, tell_unread
 from secateur.verbs.calibration import Data
 from secateur.verbs.card import write_card
-from secateur.verbs.dividing import allocation_sentences
+from secateur.verbs.dividing import allocation_sentences, asked_of_each
 from secateur.verbs.evaluate import read_files
 from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
@@ -181,6 +181,7 @@ def prune(
             channels_kept=job.choices.keep.tolist() if job.choices.keep is not None else None,
             shape_changes=job.shape_changes,
             budget=job.shape.split.record if job.shape.split else None,
+            allocation=asked_of_each(job.plan),
             warnings=recorder.warnings,
             versions=versions(),
             shards=dict(written.expected.shards),
