@@ -203,3 +203,17 @@ def test_the_output_is_checked_before_any_work(model: Path, tmp_path: Path) -> N
 def test_data_that_are_not_looked_at_are_named(model: Path, tmp_path: Path) -> None:
     made = allocated(model, tmp_path / "a.yaml", allocation="alpha", calibration=torch.zeros(2, 8, dtype=torch.long))
     assert any("calibration" in warning for warning in made.warnings)
+
+
+def test_a_seed_that_changes_nothing_is_named(model: Path, tmp_path: Path) -> None:
+    for number, (options, named) in enumerate(
+        [
+            ({"allocation": "alpha", "seed": 0}, True),
+            ({"allocation": "alpha"}, False),
+            ({"recipe": Recipe(allocation="alpha", seed=3)}, False),
+            ({"allocation": "sensitivity", "allocation_options": {"solver": "random", "levels": 2}, "seed": 3}, False),
+            ({"allocation": "sensitivity", "allocation_options": {"solver": "wanda", "levels": 2}, "seed": 3}, True),
+        ]
+    ):
+        told = allocated(model, tmp_path / f"{number}.yaml", **options).warnings
+        assert any(line.startswith("--seed has no effect: allocation") for line in told) == named, options
