@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from log_log import log_log
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from secateur.cli.app import app
@@ -135,21 +136,69 @@ def layout() -> str:
 
 def results(name: str) -> str:
     """The table of a benchmark, from the file that its script wrote, with machine and command."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    if not path.is_file():
-        return f"*Not measured yet: `{path.relative_to(ROOT)}` is missing.*"
-    data = json.loads(path.read_text(encoding="utf-8"))
+    data = measured(name)
+    if data is None:
+        return missing(name)
     columns = list(dict.fromkeys(key for row in data["rows"] for key in row))
     rows = [[shown(column, row.get(column)) for column in columns] for row in data["rows"]]
+    return "\n\n".join([table(columns, rows), *origin(data)])
+
+
+def measured(name: str) -> dict[str, Any] | None:
+    """What the script of a benchmark wrote; None before it was run."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+
+
+def missing(name: str) -> str:
+    """What stands where a benchmark was not run yet."""
+    return f"*Not measured yet: `benchmarks/results/{name}.json` is missing.*"
+
+
+def origin(data: dict[str, Any]) -> list[str]:
+    """How the figures of a benchmark were made: the protocol, then command and machine."""
     machine = data["machine"]
-    return "\n\n".join(
-        [
-            table(columns, rows),
-            data["protocol"],
-            f"`{data['command']}`, commit {data['commit']}, on {machine['processor']}, {machine['cores']} cores, "
-            f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}.",
+    return [
+        data["protocol"],
+        f"`{data['command']}`, commit {data['commit']}, on {machine['processor']}, {machine['cores']} cores, "
+        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}.",
+    ]
+
+
+SOLVER_PLOT = "solver-size.svg"
+
+
+def solver_sizes() -> str:
+    """Time and memory of the methods by the size of the matrix: a plot, and a table for each."""
+    data = measured("solver_size")
+    if data is None:
+        return missing("solver_size")
+    sizes = list(dict.fromkeys((row["outputs"], row["inputs"]) for row in data["rows"]))
+    cells = {(row["method"], row["outputs"], row["inputs"]): row for row in data["rows"]}
+    methods = list(dict.fromkeys(row["method"] for row in data["rows"]))
+
+    def by_size(column: str) -> str:
+        rows = [
+            [name, *(shown(column, cells.get((name, *size), {}).get(column)) for size in sizes)] for name in methods
         ]
-    )
+        return table([column, *(f"{outputs}×{inputs}" for outputs, inputs in sizes)], rows)
+
+    threads = data["machine"]["threads"]
+    told = f"One thread of {data['machine']['cores']}" if threads == 1 else f"{threads} threads"
+    columns = ("seconds", "peak MB", "of what is given")
+    picture = f"![Seconds against the weights of a matrix, both on log scales]({SOLVER_PLOT})"
+    return "\n\n".join([picture, *(by_size(column) for column in columns), f"{told}.", *origin(data)])
+
+
+def solver_plot() -> str | None:
+    """Seconds against the number of weights on log scales, a line for each method; None before it was measured."""
+    data = measured("solver_size")
+    if data is None:
+        return None
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in data["rows"]:
+        lines.setdefault(row["method"], []).append((float(row["outputs"] * row["inputs"]), row["seconds"]))
+    return log_log(lines, "weights of the matrix", "seconds", "Seconds to solve one matrix against its weights")
 
 
 COLUMNS = {"blocks": "blocks found", "unstructured": "unstructured", "2:4": "2:4", "depth": "depth", "ffn": "ffn",
@@ -266,10 +315,13 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "startup",
             "export_gguf",
         )
-    },
+    }
+    | {"solver_size": solver_sizes},
     "CONTRIBUTING.md": {"layout": layout},
 }
 """Document -> name of a generated part -> what makes it."""
+DRAWINGS: dict[str, Callable[[], str | None]] = {f"docs/{SOLVER_PLOT}": solver_plot}
+"""Drawing -> what makes it; None where there is nothing to draw, and then there is no file either."""
 
 
 def filled(text: str, parts: dict[str, Callable[[], str]], where: str) -> str:
@@ -297,6 +349,14 @@ def main(arguments: list[str] | None = None) -> int:
             stale.append(name)
             if not check:
                 path.write_text(wanted, encoding="utf-8")
+    for name, draw in DRAWINGS.items():
+        path, drawing = ROOT / name, draw()
+        if drawing != (path.read_text(encoding="utf-8") if path.is_file() else None):
+            stale.append(name)
+            if drawing is None and not check:
+                path.unlink()
+            elif drawing is not None and not check:
+                path.write_text(drawing, encoding="utf-8")
     for name in stale:
         print(f"error: {name} is out of date; run: make docs" if check else f"wrote {name}", file=sys.stderr)
     return 1 if check and stale else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ def read_allocation(path: str | Path) -> AllocationFile:
         raise AllocationError(
             f"no allocation file {path}", hint="`secateur allocate MODEL -o FILE` writes one"
         ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: a date or number that is none
         raise AllocationError(
             f"{path} is not a readable YAML file: {' '.join(str(error).split())}", hint="write it anew"
         ) from None
@@ -79,11 +80,12 @@ def read_allocation(path: str | Path) -> AllocationFile:
         value = entry.get("sparsity") if isinstance(entry, dict) else None
         shape = entry.get("shape") if isinstance(entry, dict) else None
         number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
-        if number is None or not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
+        if number is None or not isinstance(shape, list) or not all(_is_length(size) for size in shape):
             raise AllocationError(
-                f"{path}: the entry of {name} is {entry!r}", hint="it must be {shape: [out, in], sparsity: 0.5}"
+                f"{path}: the entry of {name} is {reprlib.repr(entry)}",
+                hint="it must be {shape: [out, in], sparsity: 0.5}",
             )
-        sparsities[str(name)] = check_sparsity(float(number), f"{path}: sparsity of {name}")
+        sparsities[str(name)] = check_sparsity(number, f"{path}: sparsity of {name}")
         shapes[str(name)] = shape
     origin = {str(key): value for key, value in data.items() if key not in ("format", "matrices", "sparsity")}
     weights = {name: _size(shape) for name, shape in shapes.items()}
@@ -120,6 +122,10 @@ def check_model(path: str, found: AllocationFile, shapes: Mapping[str, list[int]
 
 def _named(names: Sequence[str]) -> str:
     return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
+def _is_length(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and 0 < size < 1 << 40
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -60,7 +60,10 @@ class Solved:
 
 @runtime_checkable
 class Method(Protocol):
-    """The whole contract of a pruning method."""
+    """The whole contract of a pruning method.
+
+    One that never draws from ``generator`` says so by a class attribute ``draws``, False: see `draws`.
+    """
 
     statistics: StatisticsKind
 
@@ -203,6 +206,11 @@ def check_chooser(chooser: Chooser, structure: Sequence[str]) -> None:
         raise UsageError(f"method {name} needs {needed}", hint=hint)
     if structure and not hasattr(chooser, "score" if "experts" in structure else "choose"):
         raise UsageError(f"method {name} has no meaning with --structure {','.join(structure)}", hint=hint)
+
+
+def draws(method: Method) -> bool:
+    """Whether the seed of a run may change what a method makes; one that does not say is taken for one that draws."""
+    return bool(getattr(method, "draws", True))
 
 
 def sees_dense_block(method: Method, pattern: Pattern) -> bool:

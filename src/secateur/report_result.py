@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from secateur.result import SCHEMA_VERSION, Plain
+from secateur.result import SCHEMA_VERSION, AllocatedMatrix, Plain
 
 Kind = Literal["dense", "quantised", "pruned", "other"]
 
@@ -75,6 +75,27 @@ class BlockMap(Plain):
     """One row for each kind, one column for each block; None where a block has no such matrix."""
     loss: list[float | None] = field(default_factory=list)
     """For each block the squared output error that pruning estimated, summed over its matrices; empty when unknown."""
+
+
+@dataclass
+class AllocationMap(Plain):
+    """Sparsity that was asked of every matrix, where not of all the same."""
+
+    name: str
+    """Name of the rule, or of the file."""
+    sparsity: float
+    """Of all its matrices together."""
+    matrices: int
+    least: AllocatedMatrix
+    most: AllocatedMatrix
+    map: BlockMap
+    """What was asked, by block and kind of matrix. Its model is the pruned one, or what the file says it is for."""
+    rule: str = ""
+    """Rule that a file was made by; empty when it does not say."""
+    pruned: bool = False
+    """Whether a model among the inputs was pruned with it; otherwise it is a file by itself."""
+    command: str = ""
+    """The command line that prunes with the file; empty without one."""
 
 
 @dataclass
@@ -190,14 +211,15 @@ class ReportResult(Plain):
     """What `secateur report` prints."""
 
     answer: list[str]
-    """Three sentences."""
+    """Three sentences; of allocation files alone what they divide."""
     recommended: int | None
     command: str
-    """The command that makes the recommended model; empty without one."""
+    """The command that makes the recommended model, or uses the one allocation file there is; empty without one."""
     inputs: list[str]
     models: list[ReportModel] = field(default_factory=list)
     comparisons: list[Comparison] = field(default_factory=list)
     maps: list[BlockMap] = field(default_factory=list)
+    allocations: list[AllocationMap] = field(default_factory=list)
     undrawn: int = 0
     """Models on a front that have no map here, since there would be too many."""
     examined: list[Examined] = field(default_factory=list)

@@ -156,6 +156,8 @@ class PruneResult(Plain):
     """Config entries that changed with the shapes, nested ones with dots."""
     budget: dict[str, Any] | None = None
     """How a budget was split: what was measured and considered, and what was chosen; None without one."""
+    allocation: dict[str, float] = field(default_factory=dict)
+    """Name of a matrix -> sparsity that was asked of it; empty where the same was asked of all of them."""
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
     shards: dict[str, str] = field(default_factory=dict)

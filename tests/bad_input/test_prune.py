@@ -34,6 +34,8 @@ from secateur.errors import (
     UsageError,
     WeightValueError,
 )
+from secateur.plugins import make_method
+from secateur.recipe import Recipe
 from tests.models import save_tiny
 
 
@@ -290,6 +292,48 @@ def test_settings_that_nothing_looks_at_are_named(model: Path, tmp_path: Path) -
         assert {line.split()[0] for line in told if "no effect" in line} == {
             "--" + name.replace("_", "-") for name in named
         }
+
+
+class Quiet:
+    """A method of a caller that does not say whether it draws."""
+
+    statistics = "none"
+
+    def solve(self, weight: torch.Tensor, stats: Any, target: Any, *, generator: torch.Generator) -> Any:
+        return make_method("magnitude").solve(weight, stats, target, generator=generator)
+
+
+def test_a_seed_that_changes_nothing_is_named(model: Path, tmp_path: Path) -> None:
+    """Only where it was given for this run, and only where nothing is drawn."""
+    text = tmp_path / "text.txt"
+    text.write_text("some words of text " * 200)
+    common: dict[str, Any] = {"evaluate": False, "verify": False, "calibration": str(text), "samples": 2,
+                              "sequence_length": 16}  # fmt: skip
+    batches = [{"input_ids": torch.arange(8)[None] + number} for number in range(3)]
+    evolve = {"allocation": "evolve", "allocation_options": {"generations": 0}}
+    for number, (options, named) in enumerate(
+        [
+            ({"method": "wanda", "seed": 3}, "method wanda draws"),
+            ({"method": "wanda", "seed": 0}, "method wanda draws"),
+            ({"seed": 3}, "method alps draws"),
+            ({"method": "wanda"}, None),
+            ({"recipe": Recipe(method="wanda", seed=3)}, None),
+            ({"method": "random", "seed": 3}, None),
+            ({"method": "random", "refit": True, "seed": 3}, None),
+            ({"method": Quiet(), "seed": 3}, None),
+            ({"method": "wanda", "refit": True, "seed": 3}, "method wanda draws"),
+            ({"method": "magnitude", "allocation": "alpha", "seed": 3}, "method magnitude with allocation alpha draws"),
+            ({"method": "magnitude", **evolve, "seed": 3}, "method magnitude with allocation evolve draws"),
+            ({"method": "magnitude", "allocation": "sensitivity", "allocation_options": {"solver": "random"},
+              "seed": 3}, None),
+            ({"method": "wanda", "reconstruct": "block", "calibration": batches, "seed": 3}, None),
+            ({"structure": "heads", "sparsity": 0.134, "seed": 3}, "method obs draws"),
+            ({"structure": "depth", "sparsity": 0.5, "seed": 3}, "the choice of blocks draws"),
+        ]
+    ):  # fmt: skip
+        told = secateur.prune(model, tmp_path / f"out-{number}", **{**common, **options}).warnings
+        found = [line for line in told if line.startswith("--seed")]
+        assert found == ([] if named is None else [f"--seed has no effect: {named} nothing at random"]), options
 
 
 def test_texts_to_measure_with_that_the_model_cannot_use_are_named(tmp_path: Path) -> None:

@@ -135,21 +135,29 @@ def test_disk_that_fills_while_it_trains(root: Path, forking: Forking, tmp_path:
     assert (out / "model.safetensors").is_file()
 
 
+OF_A_MODE = ("rank", "top-k", "experts", "dim", "gradient-checkpointing", "save-minutes")
+
+
 def test_settings_that_nothing_looks_at(root: Path, tmp_path: Path) -> None:
     """They are named in a warning, and those that count are not."""
-    told = text(root, tokens=128, evaluate=False, verify=False)
+    common = text(root, tokens=128, evaluate=False, verify=False)
     for number, (changes, named) in enumerate(
         [
             ({"rank": 16, "loss": "lm", "top_k": 64}, {"--rank", "--top-k"}),
             ({"mode": "blocks", "tokens": 256, "save_minutes": 10.0, "gradient_checkpointing": "on"},
              {"--save-minutes", "--gradient-checkpointing"}),
             ({"mode": "lora", "rank": 4, "top_k": 8, "save_minutes": 3.0}, set()),
+            ({"mode": "norms-and-biases", "loss": "lm", "rank": 4, "experts": 2, "gradient_checkpointing": "off",
+              "save_minutes": 3.0}, {"--rank", "--experts"}),
             ({"dense": True, "loss": "lm"}, {"--dense"}),
             ({"loss": "lm", "measure_data": "missing.txt", "files": ["missing.jsonl"]}, {"--measure-data", "--files"}),
         ]
     ):  # fmt: skip
-        result = secateur.recover(root / "dense-pruned", tmp_path / f"out-{number}", **{**told, **changes})
-        assert {line.split()[0] for line in result.warnings if "no effect" in line} == named
+        result = secateur.recover(root / "dense-pruned", tmp_path / f"out-{number}", **{**common, **changes})
+        told = [line for line in result.warnings if "no effect" in line]
+        assert {line.split()[0] for line in told} == named
+        mode = changes.get("mode", "full")
+        assert all(f"with --mode {mode}" in line for line in told if line.split()[0].strip("-") in OF_A_MODE), told
 
 
 def test_settings_that_labels_do_not_look_at(root: Path, tmp_path: Path, classifier: Path) -> None:

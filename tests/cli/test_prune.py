@@ -110,6 +110,15 @@ def test_a_flag_sets_its_field_and_no_other(run, pruning, field):
     assert pruning.kwargs["recipe"] == Recipe(**{field: expected}, **BESIDE.get(field, {}))
 
 
+def test_a_seed_that_is_typed_is_told_from_one_in_a_file(run, pruning, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 4\n")
+    run("prune", "demo", "-o", "out", "--recipe", str(tmp_path / "recipe.yaml"))
+    assert "seed" not in pruning.kwargs
+    assert pruning.kwargs["recipe"].seed == 4
+    run("prune", "demo", "-o", "out", "--seed", "5")
+    assert pruning.kwargs["seed"] == pruning.kwargs["recipe"].seed == 5
+
+
 @pytest.mark.parametrize("field", FLAGS)
 def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
     in_file = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from secateur.allocation_file import AllocationFile, write_allocation
 from tests.pages.made import pruning, study, write
 
 
@@ -40,6 +41,25 @@ def test_a_page_is_written_and_the_answer_said(run, folder, tmp_path):
     assert "does not pay" in done.out
     assert str(tmp_path / "page.html") in done.out
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_an_allocation_file_makes_a_page_by_itself(run, tmp_path):
+    names = ("h.0.a.weight", "h.1.a.weight")
+    shapes = {name: [4, 4] for name in names}
+    made = AllocationFile(
+        dict(zip(names, (0.25, 0.75), strict=True)), shapes, 0.5, {"model": "demo", "allocation": "owl"}
+    )
+    write_allocation(tmp_path / "alloc.yaml", made)
+    done = run("report", str(tmp_path / "alloc.yaml"), "-o", str(tmp_path / "page.html"))
+    assert done.status == 0, done.err
+    assert "alloc.yaml divides 50.00% zeros among 2 matrices of demo by owl" in done.out
+    assert f"secateur prune demo --allocation {tmp_path / 'alloc.yaml'}" in done.out
+    assert "(allocations: 1;" in done.out
+    (tmp_path / "broken.yaml").write_text("matrices: 1")
+    refused = run("report", str(tmp_path / "broken.yaml"), "-o", str(tmp_path / "other.html"))
+    assert (refused.status, refused.out) == (2, "")
+    assert "has no matrices" in refused.err
+    assert not (tmp_path / "other.html").exists()
 
 
 def test_json_is_one_object_with_and_without_a_file(run, folder, tmp_path):

@@ -138,6 +138,15 @@ def test_ties_and_zero_weights_keep_the_count(name, rows, columns, sparsity, see
 
 @every_method
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_says_whether_the_seed_changes_anything(name, pattern):
+    weight, target = matrix((12, 200)), Target(0.5, parse_pattern(pattern))
+    one, other = (solve(name, weight, target, seed=seed) for seed in (0, 1))
+    assert torch.equal(one.weight, other.weight) != plugins.draws(plugins.make_method(name))
+    assert isinstance(plugins.load_class("methods", name, "method").draws, bool)
+
+
+@every_method
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_same_bits_twice_and_inputs_stay(name, pattern):
     weight = matrix((12, 200))
     before = weight.clone()

@@ -43,7 +43,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_experts_are_the_identity_and_parameters_are_the_same_but_for_routers(family, tmp_path):
     model = save_tiny(tmp_path / "model", family)
-    result = convert(model, tmp_path / "out", top_k=8)
+    result = convert(model, tmp_path / "out", top_k=8, seed=3)
+    assert not any("--seed" in line for line in result.warnings)
     torch.testing.assert_close(logits(tmp_path / "out"), logits(model), atol=1e-4, rtol=1e-4)
     assert result.after.parameters - result.before.parameters == 2 * (8 * 32 + 8 * 8)
     assert result.after.parameters == load_model(tmp_path / "out").num_parameters()

@@ -38,6 +38,14 @@ def tied(base: Path) -> Path:
     return base.with_name("tied")
 
 
+def test_a_seed_is_told_to_change_nothing(base, tmp_path):
+    told = convert(base, tmp_path / "out", groups=2, seed=3).warnings
+    assert "--seed has no effect: conversion shared draws nothing at random" in told
+    one, other = (place / "model.safetensors" for place in (tmp_path / "out", tmp_path / "again"))
+    assert not any("--seed" in line for line in convert(base, other.parent, groups=2).warnings)
+    assert one.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize(("family", "count"), [("llama", "num_hidden_layers"), ("gpt2", "n_layer")])
 def test_the_tied_model_is_the_one_whose_blocks_are_means(family, count, tmp_path):
     model = save_tiny(tmp_path / "model", family, **{count: 4})

@@ -27,6 +27,7 @@ def load_module(path: Path, name: str):
 
 @pytest.fixture(scope="module")
 def generator():
+    sys.path.append(str(ROOT / "docs"))  # as when it is run as a script
     return load_module(ROOT / "docs" / "generate.py", "generate_docs")
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from secateur.errors import UnsupportedModelError, UsageError
+from secateur.progress import Recorder
 from secateur.verbs.generate import generate
 from tests.models import save_tiny, tiny_model, tiny_tokenizer
 
@@ -37,6 +38,13 @@ def test_drawing_follows_the_seed_and_leaves_the_random_state_alone(folder):
     texts = [generate(folder, "abc", new_tokens=20, temperature=2.0, seed=seed, device="cpu") for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_seed_without_a_drawing_is_told(folder):
+    for options, told in (({"seed": 3}, True), ({}, False), ({"seed": 3, "temperature": 1.0}, False)):
+        recorder = Recorder()
+        generate(folder, "abc", new_tokens=1, device="cpu", reporter=recorder, **options)
+        assert any("--seed has no effect" in line for line in recorder.warnings) == told
 
 
 def test_chat_needs_and_uses_the_template(folder):

@@ -62,6 +62,7 @@ def test_the_file_of_a_rule_prunes_as_the_rule_does(model: Path, tmp_path: Path,
     for matrix in direct.matrices:
         assert matrix.zeros == round(shares[matrix.name] * matrix.shape[0] * matrix.shape[1])
     assert any(sentence.startswith(f"Allocation {rule}: from") for sentence in direct.verdict)
+    assert direct.allocation == shares
 
 
 def test_a_file_is_moved_to_another_sparsity_where_that_is_asked_for(model: Path, tmp_path: Path) -> None:
@@ -73,6 +74,11 @@ def test_a_file_is_moved_to_another_sparsity_where_that_is_asked_for(model: Path
     before = [one.sparsity for one in made.matrices]
     after = [one.sparsity for one in result.matrices]
     assert [round(b - before[0], 2) for b in before] == [round(a - after[0], 2) for a in after]
+    (shown,) = secateur.report([tmp_path / "out"], run=False).allocations
+    assert (shown.name, shown.sparsity) == ("alloc.yaml, moved to 80.0%", pytest.approx(0.8))
+    assert [shown.least.sparsity, shown.most.sparsity] == pytest.approx([min(after), max(after)], abs=1e-2)
+    even = pruned(model, tmp_path / "even", sparsity=0.8)
+    assert even.allocation == {}
 
 
 def test_overrides_stay_out_of_what_is_divided(model: Path, tmp_path: Path) -> None:
@@ -197,3 +203,17 @@ def test_the_output_is_checked_before_any_work(model: Path, tmp_path: Path) -> N
 def test_data_that_are_not_looked_at_are_named(model: Path, tmp_path: Path) -> None:
     made = allocated(model, tmp_path / "a.yaml", allocation="alpha", calibration=torch.zeros(2, 8, dtype=torch.long))
     assert any("calibration" in warning for warning in made.warnings)
+
+
+def test_a_seed_that_changes_nothing_is_named(model: Path, tmp_path: Path) -> None:
+    for number, (options, named) in enumerate(
+        [
+            ({"allocation": "alpha", "seed": 0}, True),
+            ({"allocation": "alpha"}, False),
+            ({"recipe": Recipe(allocation="alpha", seed=3)}, False),
+            ({"allocation": "sensitivity", "allocation_options": {"solver": "random", "levels": 2}, "seed": 3}, False),
+            ({"allocation": "sensitivity", "allocation_options": {"solver": "wanda", "levels": 2}, "seed": 3}, True),
+        ]
+    ):
+        told = allocated(model, tmp_path / f"{number}.yaml", **options).warnings
+        assert any(line.startswith("--seed has no effect: allocation") for line in told) == named, options

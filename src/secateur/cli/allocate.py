@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,5 +82,7 @@ def allocate(
         final = build_recipe(flags, recipe, reporter)
         from secateur.verbs.allocate import allocate as run
 
-        result = run(model, out, recipe=final, overwrite=overwrite, reporter=reporter)
+        # The seed once more: who types one expects something of it.
+        typed: dict[str, Any] = {} if seed is None else {"seed": seed}
+        result = run(model, out, recipe=final, overwrite=overwrite, reporter=reporter, **typed)
     console.emit(result, json=json, render=lambda: tables.allocated(result))

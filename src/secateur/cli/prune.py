@@ -193,6 +193,8 @@ def prune(
         "compute_dtype": compute_dtype,
         "activation_memory": activation_memory,
     }
+    # The seed once more: who types one expects something of it.
+    typed: dict[str, Any] = {} if seed is None else {"seed": seed}
     with console.working(quiet=quiet) as reporter:
         final = build_recipe(flags, recipe, reporter)
         earlier = [(folder.name, *read_after(folder)) for folder in beside or ()]
@@ -217,6 +219,7 @@ def prune(
             files=files or (),
             prompt=prompt,
             reporter=reporter,
+            **typed,
         )
         shown = []
         for name, digest, measured in earlier:

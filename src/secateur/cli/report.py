@@ -14,9 +14,10 @@ from secateur.errors import UsageError
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        metavar="DIR|STUDY.json|BENCH.json...",
+        metavar="DIR|STUDY.json|BENCH.json|ALLOCATION.yaml...",
         show_default=False,
-        help="Folders that `prune` or `recover` wrote, files of `secateur study` and of `secateur bench --json`.",
+        help="Folders that `prune` or `recover` wrote, files of `secateur study`, `secateur bench --json` and "
+        "`secateur allocate`.",
     ),
 ]
 Out = Annotated[
@@ -107,4 +108,5 @@ def report(
             console.write(sentence)
         if result.command:
             console.write(result.command)
-        console.write(f"{out.resolve()} ({len(result.models)} models; {out.stat().st_size / 1e6:.1f} MB)")
+        shows = f"{len(result.models)} models" if result.models else f"allocations: {len(result.allocations)}"
+        console.write(f"{out.resolve()} ({shows}; {out.stat().st_size / 1e6:.1f} MB)")

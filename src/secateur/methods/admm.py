@@ -41,6 +41,7 @@ class Admm:
 
     name: ClassVar[str] = "admm"
     statistics: ClassVar[StatisticsKind] = "gram"
+    draws: ClassVar[bool] = False
 
     iterations: int = 20
     """Iterations in all."""

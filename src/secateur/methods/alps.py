@@ -46,6 +46,7 @@ class Alps:
 
     name: ClassVar[str] = "alps"
     statistics: ClassVar[StatisticsKind] = "gram"
+    draws: ClassVar[bool] = False
 
     iterations: int = 60
     """Most iterations of the search for the mask."""

@@ -29,6 +29,7 @@ class Magnitude:
 
     name: ClassVar[str] = "magnitude"
     statistics: ClassVar[StatisticsKind] = "none"
+    draws: ClassVar[bool] = False
 
     scope: str = "matrix"
     """Which weights are compared with each other: those of a matrix, of a row, or of the whole model (global)."""

@@ -23,6 +23,7 @@ class Random:
 
     name: ClassVar[str] = "random"
     statistics: ClassVar[StatisticsKind] = "none"
+    draws: ClassVar[bool] = True
 
     def solve(
         self, weight: Tensor, stats: InputStatistics | None, target: Target, *, generator: torch.Generator

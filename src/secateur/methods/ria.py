@@ -32,6 +32,7 @@ class Ria:
 
     name: ClassVar[str] = "ria"
     statistics: ClassVar[StatisticsKind] = "norms"
+    draws: ClassVar[bool] = False
 
     power: float = 0.5
     """The power alpha of the input norm; 0 ignores the inputs, 1 weighs them as wanda does."""

@@ -45,6 +45,7 @@ class SparseGPT:
 
     name: ClassVar[str] = "sparsegpt"
     statistics: ClassVar[StatisticsKind] = "gram"
+    draws: ClassVar[bool] = False
 
     block_size: int = 128
     """Columns whose weights are compared with each other."""

@@ -35,6 +35,7 @@ class Wanda:
 
     name: ClassVar[str] = "wanda"
     statistics: ClassVar[StatisticsKind] = "norms"
+    draws: ClassVar[bool] = False
 
     passes: str = "auto"
     """Forwards through each block: 1, or 2 as in the paper's code; auto is 2 for N:M, else 1."""

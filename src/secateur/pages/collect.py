@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.allocation_file import AllocationFile
 from secateur.bench_result import BenchResult, Quantities
 from secateur.errors import UsageError
+from secateur.pages.allocations import of_file, of_result, tell
 from secateur.pages.answer import answer, fastest
 from secateur.pages.blocks import block_map
 from secateur.pages.commands import command_of, settings_of
@@ -80,6 +82,8 @@ class Collector:
                 self._study(each.name, each.result)
             elif isinstance(each.result, BenchResult):
                 self._bench(each.name, each.result)
+            elif isinstance(each.result, AllocationFile):
+                self.result.allocations.append(of_file(each.name, each.path, each.result))
             else:
                 self._folder(each, each.result)
 
@@ -87,9 +91,13 @@ class Collector:
         """Fronts, maps and the answer.
 
         Raises:
-            UsageError: when no input has a model with a measurement.
+            UsageError: when no input has a model with a measurement, and not all of them are allocations.
         """
         result = self.result
+        if result.allocations and not result.models:
+            result.answer = tell(result.allocations)
+            result.command = result.allocations[0].command if len(result.allocations) == 1 else ""
+            return result
         if not any(model.values for model in result.models):
             raise UsageError(
                 "nothing to report: no input has a model that was measured", hint="a study needs one complete trial"
@@ -173,6 +181,8 @@ class Collector:
             self._sparsity[number] = {matrix.name: matrix.sparsity for matrix in found.matrices}
             losses = {matrix.name: matrix.loss for matrix in found.matrices if matrix.loss is not None}
             self.result.maps.append(block_map(model.name, self._sparsity[number], losses))
+            asked = of_result(model.name, found)
+            self.result.allocations += [asked] if asked is not None else []
         self._tell(each.name, found.verdict, found.warnings, found.versions, {})
         if not found.verified:
             why = "was not verified" if recovered or not found.verification else "did not pass its verification"

@@ -54,7 +54,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-EXPECTED = "give folders that prune or recover wrote, files of `secateur study`, or of `secateur bench --json`"
+EXPECTED = (
+    "give folders that prune or recover wrote, files of `secateur study` or `secateur allocate`, or of "
+    "`secateur bench --json`"
+)
 
 
 def _not_finite(text: str) -> float:

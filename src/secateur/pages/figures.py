@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from secateur.pages.fronts import AXES
 from secateur.pages.svg import LEFT, RIGHT, TOP, WIDTH, Chart, Scale, cut, element, short
 from secateur.report_result import (
+    AllocationMap,
     BlockMap,
     Comparison,
     Distribution,
@@ -120,6 +121,23 @@ def _labels(chart: Chart, front: Front, places: dict[int, tuple[float, float]], 
 
 def map_figure(key: str, one: BlockMap) -> Figure:
     """Sparsity by block and kind of matrix, the deeper the colour the more zeros."""
+    note = f"Share of the weights that are zero, {one.model}: no colour is none, full colour is all."
+    return _heat(key, f"Sparsity of {one.model}", note, "zero", one, 0.0, 1.0)
+
+
+def allocation_figure(key: str, one: AllocationMap) -> Figure:
+    """What was asked of every matrix, from the least to the most: small differences are the point of it."""
+    low, high = one.least.sparsity, one.most.sparsity
+    model, sign = one.map.model, "asked of" if one.pruned else "for"
+    scale = f"no colour is the least, {low:.1%}, full colour the most, {high:.1%}"
+    if low == high:
+        low, high, scale = 0.0, 1.0, "no colour is none, full colour is all"
+    note = f"Share of the weights that are to be zero, {sign} {model}: {scale}. Of all together {one.sparsity:.2%}."
+    return _heat(key, f"Allocation {one.name}, {sign} {model}", note, "asked for", one.map, low, high)
+
+
+def _heat(key: str, title: str, note: str, what: str, one: BlockMap, least: float, most: float) -> Figure:
+    """Blocks by kinds of matrices, coloured from ``least`` (none) to ``most`` (full)."""
     left = 8 + 6.6 * max((len(cut(kind, 26)) for kind in one.kinds), default=1)
     wide = (WIDTH - RIGHT - left) / max(len(one.blocks), 1)
     high = 24
@@ -131,10 +149,11 @@ def map_figure(key: str, one: BlockMap) -> Figure:
             if value is None:
                 continue
             place = {"x": left + wide * column + 0.5, "y": 10 + high * row + 0.5, "width": wide - 1, "height": high - 1}
-            tip = f"block {block}, {kind}\n{value:.2%} zero"
-            chart.add("rect", **place, class_="cell", fill_opacity=f"{max(0.0, min(1.0, value)):.3f}", data_tip=tip)
+            tip = f"block {block}, {kind}\n{value:.2%} {what}"
+            shade = max(0.0, min(1.0, (value - least) / (most - least)))
+            chart.add("rect", **place, class_="cell", fill_opacity=f"{shade:.3f}", data_tip=tip)
             if wide >= 24:
-                dark = " deep" if value > 0.55 else ""
+                dark = " deep" if shade > 0.55 else ""
                 middle = left + wide * (column + 0.5)
                 chart.text(middle, 10 + high * row + 16, f"{value:.0%}", anchor="middle", class_=f"value{dark}")
     each = max(1, -(-int(5 + 8 * max((len(b) for b in one.blocks), default=1)) // int(max(wide, 1))))
@@ -147,8 +166,7 @@ def map_figure(key: str, one: BlockMap) -> Figure:
         for row, kind in enumerate(one.kinds)
         for column, block in enumerate(one.blocks)
     ]
-    note = f"Share of the weights that are zero, {one.model}: no colour is none, full colour is all."
-    return Figure(key, f"Sparsity of {one.model}", note, chart.render(note), ["block", "matrix", "sparsity"], rows)
+    return Figure(key, title, note, chart.render(note), ["block", "matrix", "sparsity"], rows)
 
 
 def sensitivity_figure(maps: Sequence[BlockMap]) -> Figure | None:

@@ -1,4 +1,4 @@
-"""What a page is made of: the result of a folder, of a study, or of a benchmark, told apart by what is in the file."""
+"""What a page is made of: the result of a folder, a study or a benchmark, or an allocation; the file says which."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from secateur.allocation_file import AllocationFile, read_allocation
 from secateur.bench_result import BenchResult
 from secateur.errors import UsageError
 from secateur.pages.decode import EXPECTED, decode, read_json
 from secateur.result import RESULT_FILE, ConvertResult, PruneResult, RecoverResult
 from secateur.study_result import StudyResult
 
-Result = PruneResult | RecoverResult | ConvertResult | StudyResult | BenchResult
+Result = PruneResult | RecoverResult | ConvertResult | StudyResult | BenchResult | AllocationFile
 MARKS: dict[type[Result], tuple[str, ...]] = {
     PruneResult: ("recipe", "matrices", "before", "after"),
     ConvertResult: ("conversion", "matrices", "before", "after"),
@@ -25,7 +26,7 @@ MARKS: dict[type[Result], tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Input:
-    """One input. ``folder`` is where its model is, None for a study or a benchmark."""
+    """One input. ``folder`` is where its model is, None for a study, a benchmark or an allocation."""
 
     name: str
     """Short, and different from that of every other input."""
@@ -65,6 +66,8 @@ def _read(path: Path) -> Result:
             )
     elif not path.exists():
         raise UsageError(f"no such file or folder: {path}", hint=EXPECTED)
+    if _is_allocation(file):
+        return read_allocation(file)
     data = read_json(file)
     for cls, marks in MARKS.items():
         if all(mark in data for mark in marks):
@@ -72,6 +75,17 @@ def _read(path: Path) -> Result:
                 break
             return decode(cls, data, str(file))
     raise UsageError(f"{file} is no result that can be reported on", hint=EXPECTED)
+
+
+def _is_allocation(file: Path) -> bool:
+    """By its ending, or by its first word, which no JSON begins with: `allocate` writes YAML under any ending."""
+    if file.suffix in (".yaml", ".yml"):
+        return True
+    try:
+        with file.open("rb") as stream:
+            return stream.read(7) == b"format:"
+    except OSError:
+        return False  # told by who reads it
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

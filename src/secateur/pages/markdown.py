@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from secateur.pages.sections import Table, sections, shown
+from secateur.pages.sections import Table, sections, shown, title_of
 from secateur.pages.svg import clean
 from secateur.report_result import ReportResult
 
 
 def markdown(result: ReportResult) -> str:
     """The report as Markdown, for terminals and CI: the answer, and every table that the page has or draws."""
-    lines = ["# Report: " + _cell(", ".join(dict.fromkeys(c.source for c in result.comparisons))), ""]
+    lines = ["# Report: " + _cell(title_of(result)), ""]
     lines += [_cell(sentence) for sentence in result.answer]
     if result.command:
         lines += ["", *_fence(result.command)]

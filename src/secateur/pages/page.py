@@ -10,7 +10,7 @@ from typing import Any
 
 from secateur.errors import MissingExtraError
 from secateur.pages.figures import Figure
-from secateur.pages.sections import Section, Table, sections, shown
+from secateur.pages.sections import Section, Table, sections, shown, title_of
 from secateur.pages.svg import clean
 from secateur.report_result import ReportResult
 
@@ -53,7 +53,7 @@ def render_page(result: ReportResult) -> str:
     environment.filters["shown"] = lambda value, column: shown(column, value)
     return environment.get_template("template.html").render(
         result=result,
-        title=", ".join(dict.fromkeys(comparison.source for comparison in result.comparisons)),
+        title=title_of(result),
         recommended=None if result.recommended is None else result.models[result.recommended],
         sections=parts,
         data=Markup(data_json(result, parts)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from secateur.pages.figures import (
     Cell,
     Figure,
+    allocation_figure,
     damage_figure,
     dense_first,
     front_figures,
@@ -61,7 +62,14 @@ COLUMNS: tuple[tuple[str, str], ...] = (
 def sections(result: ReportResult) -> list[Section]:
     """Everything but the answer."""
     found = [_front_section(n, c, drawn, result) for n, (c, drawn) in enumerate(front_figures(result))]
-    found += [_matrices(result), _losses(result), _continuations(result), *_breakage(result), _notes(result)]
+    found += [
+        _allocations(result),
+        _matrices(result),
+        _losses(result),
+        _continuations(result),
+        *_breakage(result),
+        _notes(result),
+    ]
     return [one for one in found if one.text or one.figures or one.tables or one.continued]
 
 
@@ -100,6 +108,25 @@ def _models(number: int, comparison: Comparison, result: ReportResult) -> Table:
         rows.append([*cells, *([m.meets] if judged else []), m.command])
     columns += [*(["meets constraints"] if judged else []), "command"]
     return Table(f"models-{number}", "All models", columns, rows)
+
+
+def title_of(result: ReportResult) -> str:
+    """What the report is of: the sources of its models, or the files where there is nothing but allocations."""
+    sources = [comparison.source for comparison in result.comparisons]
+    return ", ".join(dict.fromkeys(sources or [f"allocation {one.name}" for one in result.allocations]))
+
+
+def _allocations(result: ReportResult) -> Section:
+    section = Section("allocations", "What was asked of each matrix")
+    section.figures = [allocation_figure(f"allocation-{n}", one) for n, one in enumerate(result.allocations)]
+    rows: list[list[Cell]] = [
+        [one.name, one.map.model, one.rule or None, one.matrices, one.sparsity, one.least.sparsity, one.least.name,
+         one.most.sparsity, one.most.name, one.command] for one in result.allocations
+    ]  # fmt: skip
+    columns = ["allocation", "model", "made by", "matrices", "sparsity", "least", "least in", "most", "most in",
+               "command"]  # fmt: skip
+    section.tables = [Table("allocated", "Allocations", columns, rows)] if rows else []
+    return section
 
 
 def _matrices(result: ReportResult) -> Section:
@@ -254,7 +281,7 @@ def shown(column: str, value: Cell) -> str:
         return f"{value:,.0f}"
     if column.endswith("bytes") or column == "bytes on disk":
         return f"{value / 1e6:,.1f} MB"
-    shares = ("sparsity", "zeros of all", "lost", "gained", "share", "length")
+    shares = ("sparsity", "zeros of all", "least", "most", "lost", "gained", "share", "length")
     if column in shares or column.startswith(("right,", "accuracy", "macro_f1")):
         return f"{value:.1%}"
     if column == "parameters" or abs(value) >= 10_000:

@@ -14,7 +14,7 @@ from secateur.errors import OutputError, UsageError
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import AllocatedMatrix, AllocateResult
-from secateur.verbs.asked import options_of, tell_unread
+from secateur.verbs.asked import options_of, tell_seed, tell_unread
 from secateur.verbs.calibration import Data
 from secateur.verbs.job import prepare
 from secateur.verbs.provenance import peak_rss_bytes
@@ -70,6 +70,8 @@ def allocate(
         job = prepare(source, final, None, own_data, recorder, stack)
         if not job.calibration_read:
             tell_unread(final, own_data is not None, False, f"allocation {final.allocation}", recorder)
+        if "seed" in settings:
+            tell_seed(final, None, recorder)
         shapes = {spec.name: spec.shape for spec in job.structure.matrices}
         sizes = {spec.name: spec.size for spec in job.structure.matrices}
         sparsities = {name: target.sparsity for name, target in job.plan.targets.items()}

@@ -8,8 +8,10 @@ from typing import Any
 
 import transformers
 
-from secateur.allocation._base import Allocation
-from secateur.plugins import Chooser
+from secateur.allocation._base import Allocation, Searching, WithGradients, make_allocation
+from secateur.allocation_file import is_file
+from secateur.methods._quantised import bare
+from secateur.plugins import Chooser, Method, draws, make_method
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
 from secateur.verbs.evaluate import has_language_head
@@ -74,6 +76,32 @@ def tell_unmeasured(
             why = f"on a {name}, which has no language-model head"
         if why:
             reporter.warn(f"--{key.replace('_', '-')} has no effect {why}")
+
+
+def tell_seed(recipe: Recipe, method: Chooser | None, reporter: Reporter) -> None:
+    """Warn of a seed that was given where nothing in the run is drawn at random.
+
+    Args:
+        method: what chooses the weights or units that go; None where only an allocation is made.
+    """
+    if not _random(recipe, method):
+        what = f"method {recipe.method}" if method is not None else f"allocation {recipe.allocation}"
+        if {*recipe.structure} == {"depth"}:
+            what = "the choice of blocks"
+        elif method is not None and recipe.allocation != "uniform":
+            what += f" with allocation {recipe.allocation}"
+        reporter.warn(f"--seed has no effect: {what} draws nothing at random")
+
+
+def _random(recipe: Recipe, method: Chooser | None) -> bool:
+    """Whether the seed may change what a run makes. Criteria for units draw nothing, by their contract."""
+    if recipe.reconstruct != "none" or (isinstance(method, Method) and draws(bare(method))):
+        return True  # a reconstruction draws the order in which it learns
+    if recipe.structure or is_file(recipe.allocation):
+        return False
+    rule = make_allocation(recipe.allocation, recipe.allocation_options)
+    searching = isinstance(rule, Searching) and rule.generations > 0
+    return searching or (isinstance(rule, WithGradients) and draws(make_method(rule.solver)))
 
 
 def tell_unread(recipe: Recipe, given: bool, evaluate: bool, name: str, reporter: Reporter) -> None:

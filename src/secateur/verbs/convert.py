@@ -88,8 +88,11 @@ def convert(
     own_data = None if isinstance(calibration, str | Path) else calibration
     if isinstance(calibration, str | Path):
         settings["calibration"] = str(calibration)
+    seeded = "seed" in settings
     recipe = Recipe.from_dict({name: settings.pop(name) for name in SETTINGS if name in settings}, where="convert")
     conversion = make_conversion(to, settings)
+    if seeded and not isinstance(conversion, Moe):
+        recorder.warn(f"--seed has no effect: conversion {conversion.name} draws nothing at random")
     if evaluate:
         read_files(files)
     delta = isinstance(conversion, Fused) and conversion.format == "delta"

@@ -146,6 +146,12 @@ def _in_memory(source: Source, reader: CheckpointReader, device: torch.device) -
     return model
 
 
+def asked_of_each(plan: Plan) -> dict[str, float]:
+    """The sparsity asked of every matrix; empty where it is the same one, and where the method itself divides it."""
+    asked = {name: target.sparsity for name, target in plan.targets.items()}
+    return {} if plan.counts or len(set(asked.values())) < 2 else asked
+
+
 def allocation_sentences(matrices: Sequence[PrunedMatrix], recipe: Recipe) -> list[str]:
     """From where to where the sparsities go, when they were divided by anything but the uniform rule."""
     if recipe.structure or recipe.allocation == "uniform" or not matrices:

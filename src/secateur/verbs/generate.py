@@ -51,6 +51,8 @@ def generate(
         raise UsageError(f"temperature is {temperature}", hint="0 is greedy; larger draws more freely")
     if not prompt:
         raise UsageError("the prompt is empty", hint="give a text to continue")
+    if seed and not temperature and reporter is not None:
+        reporter.warn("--seed has no effect: without a temperature nothing is drawn")
     if isinstance(model, str | Path):
         source = open_source(model, reporter=reporter, packed=True)
         opened = load_model(source.folder, device=device, dtype=dtype)

@@ -27,10 +27,17 @@ from secateur.plugins import Chooser
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PlanResult, PruneResult, write_json
-from secateur.verbs.asked import combination_sentences, merge, tell_combination, tell_unmeasured, tell_unread
+from secateur.verbs.asked import (
+    combination_sentences,
+    merge,
+    tell_combination,
+    tell_seed,
+    tell_unmeasured,
+    tell_unread,
+)
 from secateur.verbs.calibration import Data
 from secateur.verbs.card import write_card
-from secateur.verbs.dividing import allocation_sentences
+from secateur.verbs.dividing import allocation_sentences, asked_of_each
 from secateur.verbs.evaluate import read_files
 from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
@@ -65,7 +72,8 @@ def prune(
         model: a folder, a hub id, a ``.gguf`` file, ``demo``, or a model in memory (which needs ``tokenizer`` when the
             method needs calibration text).
         out: folder to write; None prunes a model in memory in place.
-        recipe: what to do; ``settings`` are fields of `Recipe` by name and win over it.
+        recipe: what to do; ``settings`` are fields of `Recipe` by name and win over it. A ``seed`` among them that
+            changes nothing is told; in a recipe, which may be one for many runs, it does no harm.
         method: a name, or a method object such as ``Wanda()``.
         calibration: as in the recipe, or token ids (n, L), or a list of forward arguments.
         resume: go on with the run that left ``OUT.partial``.
@@ -116,6 +124,8 @@ def prune(
         tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, job.model, recorder)
         for name in recipe.unused:
             recorder.warn(f"--{name.replace('_', '-')} has no effect with --structure {','.join(recipe.structure)}")
+        if "seed" in settings:
+            tell_seed(recipe, job.method, recorder)
         if not job.calibration_read:
             tell_unread(recipe, own_data is not None, evaluate, f"method {recipe.method}", recorder)
         if evaluate:
@@ -181,6 +191,7 @@ def prune(
             channels_kept=job.choices.keep.tolist() if job.choices.keep is not None else None,
             shape_changes=job.shape_changes,
             budget=job.shape.split.record if job.shape.split else None,
+            allocation=asked_of_each(job.plan),
             warnings=recorder.warnings,
             versions=versions(),
             shards=dict(written.expected.shards),

@@ -36,7 +36,8 @@ def report(
     """Compare results of any commands; with ``out``, write the page.
 
     Args:
-        inputs: folders that `prune` or `recover` wrote, and JSON files of `secateur study` and `secateur bench`.
+        inputs: folders that `prune` or `recover` wrote, JSON files of `secateur study` and `secateur bench`, and files
+            that `secateur allocate` wrote.
         out: file to write; None writes nothing, see `render` for the text.
         format: html, md or json.
         prompts: texts that the dense and the pruned models of the folders continue.
