@@ -55,6 +55,26 @@ def read_inputs(paths: Sequence[str | Path]) -> list[Input]:
     ]
 
 
+def kept_models(study: StudyResult) -> list[tuple[int, Path, PruneResult | RecoverResult]]:
+    """Finalists, or before there are any what is recommended, whose models are still where the study left them.
+
+    Returns:
+        Number of the trial, folder of its model, and what that says of itself. What cannot be read is left out.
+    """
+    asked = study.finalists or [trial for trial in study.trials if trial.number == study.recommended]
+    found = []
+    for trial in asked:
+        folder = Path(trial.out)
+        try:
+            if trial.out and (folder / RESULT_FILE).is_file():
+                result = _read(folder)
+                if isinstance(result, PruneResult | RecoverResult):
+                    found.append((trial.number, folder, result))
+        except (UsageError, OSError, ValueError):
+            continue
+    return found
+
+
 def _read(path: Path) -> Result:
     file = path
     if path.is_dir():
