@@ -330,7 +330,9 @@ def _map(name: str, made: PruneResult) -> BlockMap:
 def _place(model: str) -> Path | None:
     """Where a model would lie if its name is a path; None for a name that cannot be one."""
     try:
-        return Path(model).expanduser().resolve()
+        place = Path(model).expanduser().resolve()
+        place.exists()  # refuses what is too long
+        return place
     except (ValueError, OSError, RuntimeError):
         return None
 
