@@ -188,13 +188,41 @@ def in_chromium(text: str, tmp_path) -> Page:
     return Page(done.stdout)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path, monkeypatch):
+def also_runs(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that are made from here on end with this script, which their policy then names."""
     read = page_module.Path.read_text
     monkeypatch.setattr(
         page_module.Path, "read_text",
-        lambda path, **given: read(path, **given) + (BUTTONS if path.name == "page.js" else ""),
+        lambda path, **given: read(path, **given) + (script if path.name == "page.js" else ""),
     )  # fmt: skip
+
+
+WIDTHS = """
+for (const part of document.querySelectorAll("figure, .block")) part.style.contentVisibility = "visible";
+parent.postMessage([innerWidth, document.documentElement.scrollWidth], "*");
+"""
+"""Lays out also what is far below, and tells how wide the page is."""
+PHONE = """<body><iframe width="360" height="800" src="report.html"></iframe>
+<script>addEventListener("message", (told) => { document.body.dataset.found = JSON.stringify(told.data); });</script>
+<script type="application/json">{}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_on_a_phone_nothing_is_wider_than_the_screen(tmp_path, monkeypatch):
+    """Figures and tables scroll in boxes of their own, and long names are broken."""
+    also_runs(WIDTHS, monkeypatch)
+    text = render_page(report(tmp_path / "in", text="long-name_" * 30))
+    (tmp_path / "report.html").write_text(text, encoding="utf-8")
+    page = in_chromium(PHONE, tmp_path)
+    (found,) = [json.loads(given["data-found"]) for _, given in page.elements if "data-found" in given]
+    wide, needed = found
+    assert wide <= 360
+    assert needed <= wide
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path, monkeypatch):
+    also_runs(BUTTONS, monkeypatch)
     page = in_chromium(render_page(report(tmp_path / "in", text=HOSTILE)), tmp_path)
     buttons = [given.get("title", "") for tag, given in page.elements if tag == "button"]
     figures = sum(tag == "figure" for tag, _ in page.elements)
