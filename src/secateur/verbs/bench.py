@@ -208,7 +208,8 @@ def _result(
             setattr(row, name, found.median(name))
         row.missing |= found.missing
         if row.joules_per_token is None:
-            row.missing["joules_per_token"] = why or found.missing.get("speed", "the meter gave nothing")
+            own = found.missing.get("joules_per_token") or found.missing.get("speed")
+            row.missing["joules_per_token"] = why or own or "the meter gave nothing"
         if carbon is None:
             row.missing["grams_co2_per_token"] = "no region was given (--region)"
         elif row.joules_per_token is None:
