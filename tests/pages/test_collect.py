@@ -201,6 +201,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
 def test_what_is_no_result_is_refused_and_said_what_was_expected(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "sweep.yaml").write_text("model: demo")
     good = write(tmp_path / "good", pruning())
     misplaced = tmp_path / "misplaced"
     misplaced.mkdir()
@@ -210,6 +211,7 @@ def test_what_is_no_result_is_refused_and_said_what_was_expected(tmp_path):
         ([tmp_path / "empty"], "no secateur.json"),
         ([tmp_path / "absent"], "no such file or folder"),
         ([tmp_path / "x.bin"], "not UTF-8"),
+        ([tmp_path / "sweep.yaml"], "not its result"),
         ([good, good / "secateur.json"], "given twice"),
         ([misplaced], "no result"),
     ):

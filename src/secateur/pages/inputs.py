@@ -85,6 +85,11 @@ def _read(path: Path) -> Result:
             )
     elif not path.exists():
         raise UsageError(f"no such file or folder: {path}", hint=EXPECTED)
+    elif path.suffix in (".yaml", ".yml", ".db"):
+        raise UsageError(
+            f"{path} is what a study was made from, not its result",
+            hint="give the .json beside the storage of the study; `secateur study status` writes it",
+        )
     data = read_json(file)
     for cls, marks in MARKS.items():
         if all(mark in data for mark in marks):
