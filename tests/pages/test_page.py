@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
+from xml.etree import ElementTree
 
 import pytest
 
@@ -158,8 +161,10 @@ def test_the_files_that_are_no_code_lie_beside_the_code():
 
 
 BUTTONS = """
-const made = [];
-URL.createObjectURL = (blob) => { made.push(blob.type); return "blob:nothing"; };
+const files = {};
+const Plain = Blob;
+window.Blob = class extends Plain { constructor(parts, given) { super(parts, given); this.told = parts[0]; } };
+URL.createObjectURL = (blob) => { files[blob.type] = blob.told || blob.size; return "blob:nothing"; };
 for (const button of document.querySelector("figure").querySelectorAll(".tools button")) button.click();
 const heads = [...document.querySelectorAll("#models-0 th button")];
 const values = () => [...document.querySelectorAll("#models-0 tbody tr")].map((row) => row.cells[2].dataset.v);
@@ -167,12 +172,16 @@ heads[2].click();
 const up = values();
 heads[2].click();
 const down = values();
-document.getElementById("theme").click();
+const paper = {};
+for (let i = 0; i < 2; i++) {
+  document.getElementById("theme").click();
+  paper[document.documentElement.dataset.theme] = getComputedStyle(document.body).backgroundColor;
+}
 setTimeout(() => {
-  document.body.dataset.found = JSON.stringify({ made, up, down, theme: document.documentElement.dataset.theme });
+  document.body.dataset.found = JSON.stringify({ files, up, down, paper });
 }, 1500);
 """
-"""Presses the buttons of the first figure, sorts the first table by its third column both ways, switches the theme."""
+"""Presses the buttons of the first figure, sorts the first table by its third column both ways, tries both themes."""
 
 
 def in_chromium(text: str, tmp_path) -> Page:
@@ -230,8 +239,21 @@ def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path, monkeypatch):
     assert buttons.count("sort by this column") == sum(tag == "th" for tag, _ in page.elements)
     assert "img" not in page.tags
     found = json.loads(next(given["data-found"] for tag, given in page.elements if "data-found" in given))
-    assert sorted(found["made"]) == ["image/png", "image/svg+xml", "text/csv;charset=utf-8"]
+    files = found["files"]
+    assert sorted(files) == ["image/png", "image/svg+xml", "text/csv;charset=utf-8"]
+    assert files["image/png"] > 1000
+    drawing = ElementTree.fromstring(files["image/svg+xml"])
+    assert not any("class" in one.attrib for one in drawing.iter())  # the style sheet stays behind
+    assert {one.attrib["fill"] for one in drawing.iter("{http://www.w3.org/2000/svg}circle")} - {"none"}
+    told, rows = (
+        page.data["tables"][page.ids("figure")[0]],
+        list(csv.reader(io.StringIO(files["text/csv;charset=utf-8"]))),
+    )
+    assert rows[0] == told["columns"]
+    assert [[float(cell) for cell in row[2:4]] for row in rows[1:]] == [row[2:4] for row in told["rows"]]
     values = [float(value) for value in found["up"]]
     assert values == sorted(values)
     assert found["down"] == found["up"][::-1]
-    assert found["theme"] == "light"
+    light, dark = (sum(map(int, re.findall(r"\d+", found["paper"][theme])[:3])) for theme in ("light", "dark"))
+    assert light > 700
+    assert dark < 120
