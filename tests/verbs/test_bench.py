@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import secateur
 from secateur.bench_result import BenchResult, Quantities, RatioResult
 from secateur.errors import OutputError, SourceError, UnsupportedModelError, UsageError
 from secateur.measure.llama_cpp import is_installed
-from secateur.verbs.bench import efficiency
+from secateur.verbs.bench import efficiency, quality_ratio
 from secateur.verbs.bench_verdict import bench_sentences
 from tests.formats.tokenizers import ROWS, byte_level
 from tests.models import save_tiny, tiny_tokenizer
@@ -53,6 +54,9 @@ def test_sizes_and_operations_are_exact(result, folders):
 def test_perplexity_is_that_of_evaluate(result, folders):
     found = secateur.evaluate(folders[1], sequence_length=64, samples=12)
     assert result.perplexity == pytest.approx(found.perplexity, rel=1e-6)
+    ratio = result.ratio[f"{folders[0]} (transformers, float32)"]["perplexity"]
+    assert ratio.low <= ratio.median <= ratio.high
+    assert ratio.coverage >= 0.95
     assert result.protocol["perplexity"] == found.protocol["perplexity"]
 
 
@@ -204,8 +208,36 @@ def test_faster_slower_better_and_worse_are_said():
     )  # fmt: skip
     assert "decoding is faster (ratio 1.30" in said
     assert "reading a prompt is slower (ratio 0.70" in said
-    assert "quality is worse (perplexity 20.00 and 10.00)" in said
+    assert "quality is worse (perplexity 20.00 and 10.00; ratio of a window 2.000, between 2.000 and 2.000)" in said
     assert "takes less energy" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ([0.05] * 12, True),
+        ([-0.05] * 12, True),
+        ([0.0] * 12, False),
+        ([0.004] * 12, False),  # sure, but nothing
+        ([0.3, -0.2] * 6, False),  # much, but not sure
+        ([0.3] * 10 + [-0.2] * 2, True),
+        ([0.3] * 5, False),  # five windows are never sure
+    ],
+)
+def test_quality_differs_when_the_windows_agree_on_it(changes, differs):
+    theirs = [3.0 + place / 10 for place in range(len(changes))]
+    found = quality_ratio([one + change for one, change in zip(theirs, changes, strict=True)], theirs)
+    assert found.median == pytest.approx(math.exp(sorted(changes)[len(changes) // 2]), rel=0.3)
+    assert found.differs == differs
+    word = "quality is worse" if changes[0] > 0 else "quality is better"
+    if not differs:
+        word = "no difference shown in quality" if len({*changes}) > 1 or len(changes) < 6 else "quality is the same"
+    (sentence,) = compared(row(perplexity=20.0), row(perplexity=20.1), perplexity=found)
+    assert word in sentence
+
+
+def test_a_window_that_is_destroyed_is_no_overflow():
+    assert quality_ratio([3.0] * 5 + [900.0], [3.0] * 6).high > 1e300
 
 
 @pytest.mark.parametrize(

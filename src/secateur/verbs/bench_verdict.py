@@ -36,7 +36,11 @@ def _against(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult]
         found = ratio["perplexity"]
         word = "worse" if found.median > 1 else "better"
         values = f"perplexity {ours.perplexity:.2f} and {theirs.perplexity:.2f}"
-        said.append(f"quality is {word} ({values})." if found.differs else f"quality is the same ({values}).")
+        beside = f"{values}; ratio of a window {found.median:.3f}, between {found.low:.3f} and {found.high:.3f}"
+        same = f"{found.low:.2f}" == f"{found.high:.2f}" == "1.00"
+        said.append(f"quality is {word} ({beside})." if found.differs else
+                    f"quality is the same ({values})." if same else
+                    f"no difference shown in quality ({beside}).")  # fmt: skip
     for name, subject in _TIMED:
         if name in ratio:
             said.append(_timed(subject, ratio[name], _why_speed(name, ours, theirs, ratio[name])))
