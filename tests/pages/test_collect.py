@@ -280,6 +280,17 @@ def test_speed_that_a_benchmark_did_not_show_is_no_gain(tmp_path, differs):
     assert gains["1.19 times the decoding speed"] == differs
 
 
+@pytest.mark.parametrize(("size", "start"), [(4_000_000, "If a pruned model is wanted"), (3_000_000, "Take ")])
+def test_what_does_not_pay_is_not_simply_to_be_taken(tmp_path, size, start):
+    settings = {"method": "wanda", "sparsity": 0.5}
+    trials = [Trial(0, "complete", settings, "make it", {"perplexity": 15.0, "bytes_disk": size})]
+    base = [Trial(-1, "complete", {}, "", {"perplexity": 12.0, "bytes_disk": 4_000_000}, name="dense")]
+    made = study(trials=trials, baselines=base, finalists=[], recommended=0)
+    result = collect(write(tmp_path / "s.json", made))
+    assert result.answer[1].startswith(start)
+    assert ("does not pay" in result.answer[0]) == (size == 4_000_000)
+
+
 def test_packed_models_of_the_same_size_count_as_pruned_and_as_quantised(tmp_path):
     made = bench()
     numbers = {"parameters": 1000, "bytes_disk": 900_000, "perplexity": 12.1}
