@@ -309,11 +309,15 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "two_pass",
             "structured",
             "smaller",
+            "baselines",
+            "noise",
             "recovery",
             "generalisation",
             "step_cost",
             "startup",
             "export_gguf",
+            "study_sharing",
+            "page",
         )
     }
     | {"solver_size": solver_sizes},

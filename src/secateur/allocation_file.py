@@ -54,6 +54,15 @@ def write_allocation(path: Path, found: AllocationFile) -> None:
         raise OutputError(f"{path}: {error.strerror or error}", hint="give another file with -o") from error
 
 
+def is_allocation_file(path: str | Path) -> bool:
+    """Whether a file is written like an allocation, under any ending: a study, YAML as well, names no matrices."""
+    try:
+        with Path(path).open("rb") as stream:
+            return any(line.startswith((b"format:", b"matrices:")) for line in stream.read(1 << 20).splitlines())
+    except OSError:
+        return False  # told by who reads it
+
+
 def read_allocation(path: str | Path) -> AllocationFile:
     """Read a file.
 

@@ -57,7 +57,7 @@ class Quantities(Plain):
 
 @dataclass
 class RatioResult(Plain):
-    """Median of the paired ratios of all rounds, and the interval that holds the true one."""
+    """Median of the paired ratios of all rounds, of the perplexity of all windows, and the interval that holds it."""
 
     median: float
     low: float

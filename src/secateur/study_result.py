@@ -45,6 +45,17 @@ class Trial(Plain):
     intervals: dict[str, list[float]] = field(default_factory=dict)
     """Name of a value -> ends of its 95 % interval, of those that have one."""
 
+    @property
+    def setting(self) -> str:
+        """What distinguishes it, in a few words."""
+        left_out = ("none", "auto", "unstructured", "uniform", "", None)
+        plain = ("method", "pattern", "structure", "dtype", "recovery", "sparsity")
+        words = [
+            str(value) if name in plain else f"{name.replace('_', ' ')} {value}"
+            for name, value in self.settings.items() if value not in left_out
+        ]  # fmt: skip
+        return " ".join(words) or "as it is"
+
 
 @dataclass
 class StudyResult(Plain):

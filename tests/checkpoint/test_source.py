@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.utils import filter_repo_objects
 
 from secateur.checkpoint import demo, wheel
-from secateur.checkpoint.source import open_source
+from secateur.checkpoint.source import open_source, places_of
 from secateur.errors import SourceError
 from tests.models import save_tiny
 
@@ -31,10 +31,13 @@ def test_a_folder_with_the_name_of_the_demo_needs_its_path(tmp_path: Path, monke
     assert open_source("./demo").kind == "folder"
 
 
-@pytest.mark.parametrize("name", ["", "/no/such", "./no", "no.gguf", "a/b/c", "a b", "no/", "~nobody/x", "-x y"])
+@pytest.mark.parametrize(
+    "name", ["", "/no/such", "./no", "no.gguf", "a/b/c", "a b", "no/", "~nobody/x", "-x y", "x" * 400, "\0"]
+)
 def test_a_path_that_is_not_there(name: str) -> None:
-    with pytest.raises(SourceError) as caught:
-        open_source(name)
+    for look in (open_source, places_of) if len(name) > 300 else (open_source,):
+        with pytest.raises(SourceError) as caught:
+            look(name)
     assert "no such file" in caught.value.message
     assert caught.value.hint
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from secateur.allocation_file import AllocationFile, write_allocation
 from tests.pages.made import pruning, study, write
+from tests.study.studies import write_study
 
 
 @pytest.fixture
@@ -17,8 +19,6 @@ def folder(tmp_path):
 
 
 def test_flags_become_arguments(verb, run, tmp_path, monkeypatch):
-    import sys
-
     from secateur.report_result import ReportResult
 
     stand_in = verb("report")
@@ -70,6 +70,30 @@ def test_json_is_one_object_with_and_without_a_file(run, folder, tmp_path):
     assert json.loads(first.out) == json.loads(second.out) == json.loads(third.out)
     assert json.loads((tmp_path / "page.json").read_text()) == json.loads(first.out)
     assert fourth.status == 0
+
+
+def test_a_study_is_named_by_its_file_or_its_storage(verb, run, tmp_path, monkeypatch):
+    stand_in = verb("report")
+    sys.modules["secateur.verbs.report"].render = lambda result, format: "text"
+    monkeypatch.chdir(tmp_path)
+    looked = []
+    monkeypatch.setattr("secateur.study.status.study_status", looked.append)
+    (tmp_path / "paper").mkdir()  # where the study of that name puts its models
+    write(tmp_path / "classifier", pruning())  # a result that is called like a study
+    file = write_study(tmp_path, storage="kept.db")
+    done = run("report", str(file), "x.db", "paper", "classifier", "--format", "md")
+    assert done.status == 0, done.err
+    storages = [tmp_path / "kept.db", Path("x.db"), tmp_path / "paper.db"]
+    assert [path.resolve() for path in looked] == [path.resolve() for path in storages]
+    results = [Path(path).resolve() for path in stand_in.args[0]]
+    assert results == [*(path.resolve().with_suffix(".json") for path in storages), tmp_path.resolve() / "classifier"]
+
+
+def test_a_study_that_was_not_run_is_said_to_be_so(run, tmp_path):
+    done = run("report", str(write_study(tmp_path)), "-o", str(tmp_path / "page.html"))
+    assert done.status == 2
+    assert "secateur study run" in done.err
+    assert not (tmp_path / "page.html").exists()
 
 
 def test_markdown_goes_to_stdout(run, tmp_path):

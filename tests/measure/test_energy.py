@@ -91,6 +91,20 @@ def test_without_a_counter_there_is_a_reason_and_no_guess(monkeypatch):
     assert "no energy meter" in why
 
 
+def test_cards_are_metered_alone_where_the_processor_has_no_counter(monkeypatch):
+    monkeypatch.setattr("codecarbon.core.cpu.is_rapl_available", lambda *_: False)
+    monkeypatch.setattr("codecarbon.core.gpu.is_gpu_details_available", lambda *_: True)
+    monkeypatch.setattr("codecarbon.core.gpu.AllGPUDevices", lambda: "cards")
+    meter, why = energy.find_meter("cuda:0")
+    assert why == ""
+    assert not meter.sees_processor
+    assert "without the processor" in meter.source
+    monkeypatch.setattr("codecarbon.core.gpu.is_gpu_details_available", lambda *_: False)
+    meter, why = energy.find_meter("cuda:0")
+    assert meter is None
+    assert "graphics card" in why
+
+
 def test_without_codecarbon_there_is_a_reason(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     meter, why = energy.find_meter()

@@ -93,6 +93,8 @@ def test_one_that_fails_is_told_and_the_others_go_on(fails_at):
 
 def test_a_meter_is_read_around_the_work_of_a_single_row():
     class Meter:
+        sees_processor = True
+
         def start(self):
             log.append("start")
 
@@ -104,6 +106,15 @@ def test_a_meter_is_read_around_the_work_of_a_single_row():
     (found,) = measure_in_turn([contender("a", log)], LOAD, rounds=1, meter=Meter())
     assert log[-5:-1] == ["start", "decode a", "read", "decode a"]
     assert found.median("joules_per_token") == 40.0 / (16 + 4)
+
+
+def test_a_meter_of_cards_says_nothing_of_what_runs_on_the_processor():
+    meter = SimpleNamespace(sees_processor=False, start=lambda: None, joules=lambda: 40.0)
+    both = [contender("card", []), contender("processor", [], runtime="llama.cpp")]
+    card, processor = measure_in_turn(both, LOAD, rounds=1, meter=meter)
+    assert card.median("joules_per_token") == 2.0
+    assert processor.median("joules_per_token") is None
+    assert "runs on the processor" in processor.missing["joules_per_token"]
 
 
 def test_what_a_runtime_cannot_do_has_its_reason():

@@ -201,6 +201,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
 def test_what_is_no_result_is_refused_and_said_what_was_expected(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "sweep.yaml").write_text("model: demo")
     good = write(tmp_path / "good", pruning())
     misplaced = tmp_path / "misplaced"
     misplaced.mkdir()
@@ -210,6 +211,7 @@ def test_what_is_no_result_is_refused_and_said_what_was_expected(tmp_path):
         ([tmp_path / "empty"], "no secateur.json"),
         ([tmp_path / "absent"], "no such file or folder"),
         ([tmp_path / "x.bin"], "not UTF-8"),
+        ([tmp_path / "sweep.yaml"], "not its result"),
         ([good, good / "secateur.json"], "given twice"),
         ([misplaced], "no result"),
     ):
@@ -276,6 +278,17 @@ def test_speed_that_a_benchmark_did_not_show_is_no_gain(tmp_path, differs):
     assert model.unshown == ([] if differs else ["decode_speedup"])
     gains = dict(_gains(model, next(one for one in result.models if one.kind == "dense")))
     assert gains["1.19 times the decoding speed"] == differs
+
+
+@pytest.mark.parametrize(("size", "start"), [(4_000_000, "If a pruned model is wanted"), (3_000_000, "Take ")])
+def test_what_does_not_pay_is_not_simply_to_be_taken(tmp_path, size, start):
+    settings = {"method": "wanda", "sparsity": 0.5}
+    trials = [Trial(0, "complete", settings, "make it", {"perplexity": 15.0, "bytes_disk": size})]
+    base = [Trial(-1, "complete", {}, "", {"perplexity": 12.0, "bytes_disk": 4_000_000}, name="dense")]
+    made = study(trials=trials, baselines=base, finalists=[], recommended=0)
+    result = collect(write(tmp_path / "s.json", made))
+    assert result.answer[1].startswith(start)
+    assert ("does not pay" in result.answer[0]) == (size == 4_000_000)
 
 
 def test_packed_models_of_the_same_size_count_as_pruned_and_as_quantised(tmp_path):

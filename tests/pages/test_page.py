@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
+from xml.etree import ElementTree
 
 import pytest
 
@@ -158,8 +161,10 @@ def test_the_files_that_are_no_code_lie_beside_the_code():
 
 
 BUTTONS = """
-const made = [];
-URL.createObjectURL = (blob) => { made.push(blob.type); return "blob:nothing"; };
+const files = {};
+const Plain = Blob;
+window.Blob = class extends Plain { constructor(parts, given) { super(parts, given); this.told = parts[0]; } };
+URL.createObjectURL = (blob) => { files[blob.type] = blob.told || blob.size; return "blob:nothing"; };
 for (const button of document.querySelector("figure").querySelectorAll(".tools button")) button.click();
 const heads = [...document.querySelectorAll("#models-0 th button")];
 const values = () => [...document.querySelectorAll("#models-0 tbody tr")].map((row) => row.cells[2].dataset.v);
@@ -167,12 +172,16 @@ heads[2].click();
 const up = values();
 heads[2].click();
 const down = values();
-document.getElementById("theme").click();
+const paper = {};
+for (let i = 0; i < 2; i++) {
+  document.getElementById("theme").click();
+  paper[document.documentElement.dataset.theme] = getComputedStyle(document.body).backgroundColor;
+}
 setTimeout(() => {
-  document.body.dataset.found = JSON.stringify({ made, up, down, theme: document.documentElement.dataset.theme });
+  document.body.dataset.found = JSON.stringify({ files, up, down, paper });
 }, 1500);
 """
-"""Presses the buttons of the first figure, sorts the first table by its third column both ways, switches the theme."""
+"""Presses the buttons of the first figure, sorts the first table by its third column both ways, tries both themes."""
 
 
 def in_chromium(text: str, tmp_path) -> Page:
@@ -188,13 +197,41 @@ def in_chromium(text: str, tmp_path) -> Page:
     return Page(done.stdout)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path, monkeypatch):
+def also_runs(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages that are made from here on end with this script, which their policy then names."""
     read = page_module.Path.read_text
     monkeypatch.setattr(
         page_module.Path, "read_text",
-        lambda path, **given: read(path, **given) + (BUTTONS if path.name == "page.js" else ""),
+        lambda path, **given: read(path, **given) + (script if path.name == "page.js" else ""),
     )  # fmt: skip
+
+
+WIDTHS = """
+for (const part of document.querySelectorAll("figure, .block")) part.style.contentVisibility = "visible";
+parent.postMessage([innerWidth, document.documentElement.scrollWidth], "*");
+"""
+"""Lays out also what is far below, and tells how wide the page is."""
+PHONE = """<body><iframe width="360" height="800" src="report.html"></iframe>
+<script>addEventListener("message", (told) => { document.body.dataset.found = JSON.stringify(told.data); });</script>
+<script type="application/json">{}</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_on_a_phone_nothing_is_wider_than_the_screen(tmp_path, monkeypatch):
+    """Figures and tables scroll in boxes of their own, and long names are broken."""
+    also_runs(WIDTHS, monkeypatch)
+    text = render_page(report(tmp_path / "in", text="long-name_" * 30))
+    (tmp_path / "report.html").write_text(text, encoding="utf-8")
+    page = in_chromium(PHONE, tmp_path)
+    (found,) = [json.loads(given["data-found"]) for _, given in page.elements if "data-found" in given]
+    wide, needed = found
+    assert wide <= 360
+    assert needed <= wide
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path, monkeypatch):
+    also_runs(BUTTONS, monkeypatch)
     page = in_chromium(render_page(report(tmp_path / "in", text=HOSTILE)), tmp_path)
     buttons = [given.get("title", "") for tag, given in page.elements if tag == "button"]
     figures = sum(tag == "figure" for tag, _ in page.elements)
@@ -202,8 +239,21 @@ def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path, monkeypatch):
     assert buttons.count("sort by this column") == sum(tag == "th" for tag, _ in page.elements)
     assert "img" not in page.tags
     found = json.loads(next(given["data-found"] for tag, given in page.elements if "data-found" in given))
-    assert sorted(found["made"]) == ["image/png", "image/svg+xml", "text/csv;charset=utf-8"]
+    files = found["files"]
+    assert sorted(files) == ["image/png", "image/svg+xml", "text/csv;charset=utf-8"]
+    assert files["image/png"] > 1000
+    drawing = ElementTree.fromstring(files["image/svg+xml"])
+    assert not any("class" in one.attrib for one in drawing.iter())  # the style sheet stays behind
+    assert {one.attrib["fill"] for one in drawing.iter("{http://www.w3.org/2000/svg}circle")} - {"none"}
+    told, rows = (
+        page.data["tables"][page.ids("figure")[0]],
+        list(csv.reader(io.StringIO(files["text/csv;charset=utf-8"]))),
+    )
+    assert rows[0] == told["columns"]
+    assert [[float(cell) for cell in row[2:4]] for row in rows[1:]] == [row[2:4] for row in told["rows"]]
     values = [float(value) for value in found["up"]]
     assert values == sorted(values)
     assert found["down"] == found["up"][::-1]
-    assert found["theme"] == "light"
+    light, dark = (sum(map(int, re.findall(r"\d+", found["paper"][theme])[:3])) for theme in ("light", "dark"))
+    assert light > 700
+    assert dark < 120

@@ -51,7 +51,10 @@ def test_a_named_method_is_not_corrected_unless_asked(name: str) -> None:
 @pytest.mark.parametrize(
     ("structure", "method"),
     [
-        (("ffn",), "mixed"), (("depth", "heads"), "mixed"), (("hidden", "heads"), "obs"), (("experts",), "reap"),
+        (("ffn",), "mixed"),
+        (("depth", "heads"), "mixed"),
+        (("hidden", "heads"), "obs"),
+        (("experts",), "reap"),
         (("depth",), "auto"),
     ],
 )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 
+from secateur.errors import MissingExtraError, StudyError
 from secateur.progress import Recorder
-from secateur.study import run_study
+from secateur.study import run_study, study_status
 from secateur.study.trial import Outcome, Task
-from secateur.study.workers import Died, Processes, how_it_ended
+from secateur.study.workers import Cluster, Died, Processes, how_it_ended
 from tests.study.studies import StandIn, write_study
 
 
@@ -141,11 +143,79 @@ def test_a_budget_of_trials_is_the_first_of_the_grid_with_any_number_of_workers(
 
 
 def test_workers_and_ray_contradict_each_other(place):
-    from secateur.errors import StudyError
-
     for arguments in ({"workers": 0}, {"workers": 2, "ray": "local"}):
         with pytest.raises(StudyError):
             run_study(write_study(place), **arguments)
+
+
+class FakeRay:
+    """A cluster of two machines that runs nothing."""
+
+    def __init__(self, refuses: str = "") -> None:
+        self.refuses, self.running, self.asked = refuses, False, []
+
+    def is_initialized(self):
+        return self.running
+
+    def init(self, address, **_):
+        self.asked.append(address)
+        if self.refuses:
+            raise ConnectionError(self.refuses)
+        self.running = True
+
+    def nodes(self):
+        gone = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0, "memory": 1e12}}
+        return [{"Alive": True, "Resources": {"CPU": 2.0, "memory": 4e9}} for _ in range(2)] + [gone]
+
+    def cluster_resources(self):
+        return {"CPU": 4.0, "memory": 8e9}
+
+    def remote(self, **_):
+        return lambda function: function
+
+    def shutdown(self):
+        self.running = False
+
+
+def test_as_many_trials_at_once_as_the_cluster_holds(monkeypatch):
+    for asked, count in (((1, 0, None), 4), ((2, 0, None), 2), ((1, 0, 3 * 10**9), 2)):
+        monkeypatch.setattr("secateur.study.workers.import_ray", lambda: FakeRay())
+        cpus, gpus, memory = asked
+        assert Cluster("auto", cpus=cpus, gpus=gpus, memory=memory).capacity == count
+
+
+@pytest.mark.parametrize(
+    ("resources", "told"),
+    [({"cpus": 3}, "3 CPU"), ({"gpus": 1}, "1 CPU, 1 GPU"), ({"memory": "5GB"}, "1 CPU, 5 GB")],
+)
+def test_a_trial_that_no_machine_can_run_is_refused_before_any_work(resources, told, place, trials, monkeypatch):
+    fake = FakeRay()
+    monkeypatch.setattr("secateur.study.workers.import_ray", lambda: fake)
+    with pytest.raises(StudyError, match="no machine") as raised:
+        run_study(write_study(place, resources=resources), ray="auto")
+    assert f"asks for {told} (" in raised.value.message
+    assert "there are: 2 CPU, 4 GB; 2 CPU, 4 GB)" in raised.value.message
+    assert not fake.running
+    assert study_status(place / "tiny.db").baselines == trials.tasks == []
+
+
+def test_a_cluster_that_is_not_there_is_told_before_any_work(place, trials, monkeypatch):
+    fake = FakeRay("no running Ray instance\nand a long story")
+    monkeypatch.setattr("secateur.study.workers.import_ray", lambda: fake)
+    for address in ("auto", "127.0.0.1:9", "ray://127.0.0.1:9"):
+        with pytest.raises(StudyError, match=f"no Ray cluster at {address}: ") as raised:
+            run_study(write_study(place), ray=address)
+        assert raised.value.hint
+        assert "\n" not in raised.value.message
+    assert fake.asked == ["auto"]  # nobody listens at the others, which Ray would find out minutes later
+    assert study_status(place / "tiny.db").baselines == trials.tasks == []
+
+
+def test_without_ray_nothing_is_begun(place, trials, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match="needs Ray"):
+        run_study(write_study(place), ray="auto")
+    assert not (place / "tiny.db").exists()
 
 
 @pytest.fixture
@@ -162,8 +232,6 @@ def ray_cluster(monkeypatch):
 
 
 def test_a_study_on_a_ray_cluster_survives_a_worker_that_is_killed(ray_cluster, place, monkeypatch):
-    from secateur.study.workers import Cluster
-
     def die(text: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
         return text

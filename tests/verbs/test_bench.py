@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import secateur
 from secateur.bench_result import BenchResult, Quantities, RatioResult
 from secateur.errors import OutputError, SourceError, UnsupportedModelError, UsageError
 from secateur.measure.llama_cpp import is_installed
-from secateur.verbs.bench import efficiency
+from secateur.verbs.bench import efficiency, quality_ratio
 from secateur.verbs.bench_verdict import bench_sentences
 from tests.formats.tokenizers import ROWS, byte_level
 from tests.models import save_tiny, tiny_tokenizer
@@ -53,6 +54,9 @@ def test_sizes_and_operations_are_exact(result, folders):
 def test_perplexity_is_that_of_evaluate(result, folders):
     found = secateur.evaluate(folders[1], sequence_length=64, samples=12)
     assert result.perplexity == pytest.approx(found.perplexity, rel=1e-6)
+    ratio = result.ratio[f"{folders[0]} (transformers, float32)"]["perplexity"]
+    assert ratio.low <= ratio.median <= ratio.high
+    assert ratio.coverage >= 0.95
     assert result.protocol["perplexity"] == found.protocol["perplexity"]
 
 
@@ -204,16 +208,70 @@ def test_faster_slower_better_and_worse_are_said():
     )  # fmt: skip
     assert "decoding is faster (ratio 1.30" in said
     assert "reading a prompt is slower (ratio 0.70" in said
-    assert "quality is worse (perplexity 20.00 and 10.00)" in said
+    assert "quality is worse (perplexity 20.00 and 10.00; ratio of a window 2.000, between 2.000 and 2.000)" in said
     assert "takes less energy" in said
 
 
 @pytest.mark.parametrize(
+    ("changes", "differs"),
+    [
+        ([0.05] * 12, True),
+        ([-0.05] * 12, True),
+        ([0.0] * 12, False),
+        ([0.004] * 12, False),  # sure, but nothing
+        ([0.3, -0.2] * 6, False),  # much, but not sure
+        ([0.3] * 10 + [-0.2] * 2, True),
+        ([0.3] * 5, False),  # five windows are never sure
+    ],
+)
+def test_quality_differs_when_the_windows_agree_on_it(changes, differs):
+    theirs = [3.0 + place / 10 for place in range(len(changes))]
+    found = quality_ratio([one + change for one, change in zip(theirs, changes, strict=True)], theirs)
+    assert found.median == pytest.approx(math.exp(sorted(changes)[len(changes) // 2]), rel=0.3)
+    assert found.differs == differs
+    word = "quality is worse" if changes[0] > 0 else "quality is better"
+    if not differs:
+        word = "no difference shown in quality" if len({*changes}) > 1 or len(changes) < 6 else "quality is the same"
+    (sentence,) = compared(row(perplexity=20.0), row(perplexity=20.1), perplexity=found)
+    assert word in sentence
+
+
+def test_a_window_that_is_destroyed_is_no_overflow():
+    assert quality_ratio([3.0] * 5 + [900.0], [3.0] * 6).high > 1e300
+
+
+@pytest.mark.parametrize(
     ("bytes_disk", "perplexity", "winner"),
-    [(300, 11.0, "other"), (405, 11.0, "other"), (500, 11.0, "ours"), (300, 13.0, "ours")],
+    [(300, 11.0, "other"), (405, 11.0, "other"), (300, 13.0, "ours")],
 )
 def test_at_equal_bytes_the_table_says_who_wins(bytes_disk, perplexity, winner):
     ours = Quantities("ours", "transformers", "float32", bytes_disk=400, perplexity=12.0)
     other = Quantities("other", "llama.cpp", "q4_0", bytes_disk=bytes_disk, perplexity=perplexity)
     (sentence,) = bench_sentences(BenchResult(**vars(ours), against=[other]))
     assert sentence.startswith(f"At equal bytes {winner} as ")
+
+
+def test_who_is_compared_with_larger_models_only_does_not_win():
+    ours = Quantities("ours", "transformers", "float32", bytes_disk=4_000_000, perplexity=500.0)
+    larger = [
+        Quantities(name, "transformers", "float32", bytes_disk=size, perplexity=12.0)
+        for name, size in (("far", 9_000_000), ("near", 5_000_000))
+    ]
+    (sentence,) = bench_sentences(BenchResult(**vars(ours), against=larger))
+    assert " wins" not in sentence
+    assert "the smallest compared is near as float32 (5.0 MB, perplexity 12.00)" in sentence
+
+
+def test_weights_and_operations_are_said_with_what_zeros_would_save():
+    same = row(parameters=100, nonzero=100)
+    half = {"parameters": ratio(1.0, differs=False), "nonzero": ratio(0.5)}
+    weights, operations = compared(
+        same, same, **half, flops_per_token=ratio(1.0, differs=False), sparse_flops_per_token=ratio(0.6)
+    )
+    assert weights.endswith("it has the same number of weights, and 0.50 times as many that are not zero.")
+    assert operations.endswith(
+        "a token takes the same operations, and would take 0.60 times with kernels that leave zeros out."
+    )
+    small = [ratio(0.8), ratio(0.8)]
+    (operations,) = compared(same, same, flops_per_token=small[0], sparse_flops_per_token=small[1])
+    assert operations.endswith("a token takes 0.80 times the operations.")

@@ -11,6 +11,7 @@ import secateur
 from secateur.errors import CalibrationError, OutputError, UnknownNameError, UsageError
 from secateur.measure.perplexity import perplexity
 from secateur.progress import Recorder
+from secateur.study_result import Trial
 from secateur.verbs.report import render, report
 from tests.models import save_tiny, tiny_model, tiny_tokenizer
 from tests.pages.made import pruning, study, write
@@ -87,6 +88,31 @@ def test_without_running_the_page_has_what_files_say(place, tmp_path):
     assert result.examined == []
     assert result.maps[0].sparsity
     assert (tmp_path / "page.md").read_text(encoding="utf-8") == render(result, "md")
+
+
+def test_the_finalists_that_a_study_kept_are_run(place, tmp_path):
+    """Not those whose folder is gone, nor one that is an input of its own, nor a classifier."""
+
+    def tried(number, folder, **values):
+        settings = {"method": "sparsegpt", "sparsity": number / 10, "structure": "none"}
+        return Trial(number, "complete", settings, "make it", {"perplexity": 10.0, "bytes_disk": 10, **values},
+                     sparsity={"w": 0.5}, out=str(folder))  # fmt: skip
+
+    secateur.prune(place / "dense", tmp_path / "solved", method="sparsegpt", sparsity=0.5, evaluate=False,
+                   verify=False, samples=2, sequence_length=32)  # fmt: skip
+    trials = [tried(5, tmp_path / "solved"), tried(6, place / "half"), tried(7, tmp_path / "gone")]
+    found = study(trials=trials, finalists=trials, recommended=5)
+    file = write(tmp_path / "study.json", found)
+    settings = {"text": place / "text.txt", "sequence_length": 32, "samples": 2}
+    result = report([file, place / "half"], tmp_path / "page.html", **settings)
+    assert [each.model for each in result.examined] == ["half", "5: sparsegpt 0.5"]
+    assert all(each.continued and each.broken for each in result.examined)
+    assert {"sensitivity", "frequency-0", "damage-1"} <= set(Page((tmp_path / "page.html").read_text()).ids("figure"))
+    assert report([file], run=False).examined == []
+    found.finalists = []  # it still runs: what it would recommend now is looked at
+    assert [each.model for each in report([write(file, found)], **settings).examined] == ["5: sparsegpt 0.5"]
+    found.baselines = [Trial(-1, "complete", {}, "", {"accuracy": 0.9, "bytes_disk": 10}, name="dense")]
+    assert report([write(file, found)], **settings).examined == []
 
 
 def test_a_dense_model_that_is_gone_or_changed_is_told(place, tmp_path):

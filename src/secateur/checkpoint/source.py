@@ -50,8 +50,26 @@ class Source:
 
 def places_of(model: str | Path) -> list[Path]:
     """The file or folder by which a user named a model; nothing for a demo or a hub id."""
-    path = Path(model).expanduser()
+    path = _path(model)
     return [path] if str(model) not in demo.NAMES and path.exists() and str(model) else []
+
+
+def _path(model: str | Path) -> Path:
+    """The path that a name would be.
+
+    Raises:
+        SourceError: for one that no file can have, such as a name that is too long.
+    """
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+        return path
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = str(model) if len(str(model)) <= 80 else f"{str(model)[:77]}..."
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SourceError(
+            f"no such file or folder: {shown}: {reason}", hint=f"give a folder, a hub id, a .gguf file or {DEMOS}"
+        ) from None
 
 
 def open_source(model: str | Path, *, reporter: Reporter | None = None, packed: bool = False) -> Source:
@@ -68,7 +86,7 @@ def open_source(model: str | Path, *, reporter: Reporter | None = None, packed: 
     """
     reporter = reporter or Reporter()
     text = str(model)
-    path = Path(model).expanduser()
+    path = _path(model)
     if text == demo.LANGUAGE_MODEL.name:
         return _converted(text, "demo", demo.demo_folder(reporter=reporter))
     if text == demo.ENCODER.name:

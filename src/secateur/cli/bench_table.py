@@ -50,7 +50,7 @@ def benched(result: BenchResult) -> RenderableType:
     before = ""
     for sentence in result.verdict:  # those about one model stand together
         subject, colon, rest = sentence.partition("): ")
-        if not colon:
+        if not colon or not subject.startswith("Against "):
             parts.append(Text(sentence))
             continue
         if subject != before:

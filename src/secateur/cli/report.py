@@ -10,14 +10,15 @@ import typer
 from secateur.cli import console
 from secateur.cli.options import MACHINE_PANEL, OUTPUT_PANEL, Debug, Json, Overwrite, Quiet, RunDevice
 from secateur.errors import UsageError
+from secateur.result import RESULT_FILE
 
 Inputs = Annotated[
     list[str],
     typer.Argument(
-        metavar="DIR|STUDY.json|BENCH.json|ALLOCATION.yaml...",
+        metavar="DIR|STUDY|BENCH.json|ALLOCATION.yaml...",
         show_default=False,
-        help="Folders that `prune` or `recover` wrote, files of `secateur study`, `secateur bench --json` and "
-        "`secateur allocate`.",
+        help="Folders that `prune` or `recover` wrote, studies (the file that was run, its storage, or the .json "
+        "beside it), files of `secateur bench -o` and of `secateur allocate`.",
     ),
 ]
 Out = Annotated[
@@ -54,9 +55,30 @@ Run = Annotated[
     bool,
     typer.Option(
         "--run/--no-run", rich_help_panel=MACHINE_PANEL,
-        help="Open the models of the folders and their dense models: losses by token, what breaks, continuations.",
+        help="Open the models of the folders, finalists of studies, and their dense models: losses by token, what "
+        "breaks, continuations.",
     ),
 ]  # fmt: skip
+
+
+def _results(inputs: list[str]) -> list[str]:
+    """The inputs, with the result file of every study that was named by its own file or storage, as it is now."""
+    from secateur.allocation_file import is_allocation_file
+    from secateur.study.read import is_file_of_study, storages_of
+
+    found: list[str] = []
+    for given in inputs:
+        path = Path(given).expanduser()
+        of_study = is_file_of_study(given) and not (path / RESULT_FILE).is_file() and not is_allocation_file(path)
+        if of_study or path.suffix == ".db":
+            from secateur.study.status import result_file, study_status
+
+            for storage in storages_of(given):
+                study_status(storage)
+                found.append(str(result_file(storage)))
+        else:
+            found.append(given)
+    return found
 
 
 def report(
@@ -86,7 +108,7 @@ def report(
         from secateur.verbs.report import report as build
 
         result = build(
-            inputs,
+            _results(inputs),
             out,
             format=chosen,
             prompts=tuple(prompt or ()),

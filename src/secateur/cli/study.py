@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -87,12 +86,10 @@ def run(
 def status(study: StudyOrStorage, json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """What a study has found so far, also while it runs; writes NAME.json beside the storage, for `report`."""
     with console.working(quiet=quiet) as reporter:
-        from secateur.study.read import is_file_of_study, load_studies
+        from secateur.study.read import storages_of
         from secateur.study.status import study_status
 
-        storages = [spec.storage for spec in load_studies(study)] if is_file_of_study(study) else [Path(study)]
-        begun = [path for path in storages if path.is_file()]  # of several models the last ones may wait
-        results = [study_status(path) for path in begun or storages[:1]]
+        results = [study_status(path) for path in storages_of(study)]
         for result in results:
             for warning in result.warnings:
                 reporter.warn(warning)

@@ -68,7 +68,7 @@ def _trials(result: StudyResult, columns: Sequence[str]) -> Table:
         state: str = trial.state
         if trial.state == "complete":
             state = "misses a constraint" if trial.meets is False else "on the front" * (trial.number in result.front)
-        _row(table, trial, setting_of(trial), columns, state)
+        _row(table, trial, trial.setting, columns, state)
     return table
 
 
@@ -87,17 +87,6 @@ def _best_first(result: StudyResult) -> list[Trial]:
 def _row(table: Table, trial: Trial, title: str, columns: Sequence[str], state: str) -> None:
     cells = [value_of(name, trial.values.get(name)) for name in columns]
     table.add_row(Text(str(trial.number) if trial.number >= 0 else ""), Text(title), *map(Text, cells), Text(state))
-
-
-def setting_of(trial: Trial) -> str:
-    """What distinguishes a trial, in a few words."""
-    left_out = ("none", "auto", "unstructured", "uniform")
-    words = []
-    for name, value in trial.settings.items():
-        if value not in left_out:
-            plain = name in ("method", "pattern", "structure", "dtype", "recovery", "sparsity")
-            words.append(str(value) if plain else f"{name} {value}")
-    return " ".join(words) or "as it is"
 
 
 def value_of(name: str, value: float | None) -> str:
@@ -131,7 +120,7 @@ def _finalists(result: StudyResult) -> Table:
             table.add_row("", Text(trial.name), with_interval(f"test_{quality}", trial))
     for trial in result.finalists:
         row = [with_interval(name, trial) for name in shown]
-        table.add_row(str(trial.number), Text(setting_of(trial)), *row)
+        table.add_row(str(trial.number), Text(trial.setting), *row)
     return table
 
 

@@ -1,8 +1,8 @@
 """Neurons as wanda chooses them, whole heads and groups as obs does: the default for units.
 
 The costs of obs are those of one matrix on the calibration tokens. For heads and groups, few and large, that is what
-counts. Of a thousand neurons it keeps those that a few tokens hang on, and on other text of the same kind the model with
-the most energy left is better: the figures are in docs/structured.md. Both are followed by the same least squares.
+counts. Of a thousand neurons it keeps those that a few tokens with very large inputs hang on, and the model with the
+most energy left was better on text kept aside: docs/structured.md has the figures. The same least squares follows.
 """
 
 from __future__ import annotations

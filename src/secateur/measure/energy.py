@@ -33,10 +33,16 @@ class Meter:
         self._started = 0.0
 
     @property
+    def sees_processor(self) -> bool:
+        """Whether work on the processor is in what it counts."""
+        return self._processor is not None
+
+    @property
     def source(self) -> str:
         """What is read, in words."""
         parts = ["RAPL of the processor"] if self._processor is not None else []
-        return " and ".join(parts + (["the counters of all graphics cards"] if self._cards is not None else []))
+        told = " and ".join(parts + (["the counters of all graphics cards"] if self._cards is not None else []))
+        return told if self.sees_processor else f"{told}, without the processor, which has no meter that can be read"
 
     def start(self) -> None:
         """Begin anew."""
@@ -64,7 +70,8 @@ def find_meter(device: str = "cpu") -> tuple[Meter | None, str]:
     """The meter of this machine, or None and the reason.
 
     Args:
-        device: what the model runs on; a graphics card is metered as well then, and must be.
+        device: what the model runs on; graphics cards are metered as well then, and must be. Where the processor beside
+            them has no meter, theirs is told alone, and `Meter.source` says so.
     """
     if importlib.util.find_spec(PACKAGE) is None:
         return None, f"{PACKAGE} is not installed ({INSTALL})"
@@ -73,14 +80,13 @@ def find_meter(device: str = "cpu") -> tuple[Meter | None, str]:
     from codecarbon.core.gpu import AllGPUDevices, is_gpu_details_available
 
     processor = IntelRAPL() if is_rapl_available() else None
-    if processor is None:
-        return None, "this machine has no energy meter that can be read (no RAPL in /sys/class/powercap)"
-    cards = None
     if device.startswith("cuda"):
         if not is_gpu_details_available():
             return None, "the graphics card has no energy counter that can be read"
-        cards = AllGPUDevices()
-    return Meter(processor, cards), ""
+        return Meter(processor, AllGPUDevices()), ""
+    if processor is None:
+        return None, "this machine has no energy meter that can be read (no RAPL in /sys/class/powercap)"
+    return Meter(processor), ""
 
 
 @dataclass(frozen=True)

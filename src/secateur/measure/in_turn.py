@@ -108,6 +108,8 @@ def measure_in_turn(
             reporter.advance()
     for one, measured in zip(contenders, found, strict=True):
         measured.missing |= _reasons(one, measured)
+        if one.runtime == "llama.cpp" and meter is not None and not meter.sees_processor:
+            measured.missing["joules_per_token"] = "it runs on the processor, which has no meter that can be read"
     return found
 
 
@@ -121,6 +123,8 @@ def _failed(measured: Measurement, one: Contender, error: RunError, reporter: Re
 def _once(one: Contender, worker: Worker, load: Load, meter: Meter | None) -> dict[str, float]:
     """One round of one contender."""
     values: dict[str, float] = {}
+    if one.runtime == "llama.cpp" and meter is not None and not meter.sees_processor:
+        meter = None  # it runs on the processor
     if meter is not None:
         meter.start()
     if one.runtime == "llama.cpp":

@@ -25,6 +25,8 @@ class Perplexity:
     tokens: int
     """Tokens that were predicted: all but the first of each window."""
     seconds: float
+    by_window: tuple[float, ...] = ()
+    """The same for each window."""
 
     @property
     def perplexity(self) -> float | None:
@@ -89,4 +91,4 @@ def perplexity(
         model.train(training)
     by_window = torch.cat(means)
     error = float(by_window.std() / math.sqrt(count)) if count > 1 else None
-    return Perplexity(float(by_window.mean()), error, count * (length - 1), seconds)
+    return Perplexity(float(by_window.mean()), error, count * (length - 1), seconds, tuple(by_window.tolist()))

@@ -135,7 +135,9 @@ def _take(result: ReportResult, comparison: Comparison, number: int | None, how:
     model = result.models[number]
     told = _quality(model, comparison)
     beside = f" against {_quality(dense, comparison)} of the dense model" if dense is not None else ""
-    return f"Take {model.name}: {comparison.quality} {told}{beside}; {how}."
+    gained = dense is None or any(good for _, good in _gains(model, dense))
+    take = "Take" if gained else "If a pruned model is wanted all the same, take"
+    return f"{take} {model.name}: {comparison.quality} {told}{beside}; {how}."
 
 
 def _quality(model: ReportModel | None, comparison: Comparison) -> str:

@@ -15,7 +15,7 @@ from secateur.pages.answer import answer, fastest
 from secateur.pages.blocks import block_map
 from secateur.pages.commands import command_of, settings_of
 from secateur.pages.fronts import draw_fronts, is_quality, quality_of
-from secateur.pages.inputs import Input
+from secateur.pages.inputs import Input, kept_models
 from secateur.pages.values import (
     SPEEDUPS,
     called,
@@ -27,7 +27,7 @@ from secateur.pages.values import (
     take_speed,
     unshown_speed,
 )
-from secateur.report_result import Comparison, Kind, ReportModel, ReportResult
+from secateur.report_result import BlockMap, Comparison, Kind, ReportModel, ReportResult
 from secateur.result import ConvertResult, PruneResult, RecoverResult
 from secateur.study_result import StudyResult, Trial
 
@@ -76,6 +76,8 @@ class Collector:
         self._sparsity: dict[int, Mapping[str, float]] = {}
         self._folders = {each.folder.resolve(): each for each in inputs if each.folder is not None}
         self._of_folder: dict[Path, int] = {}
+        self.kept: list[tuple[str, Path, Mapping[str, Any]]] = []
+        """Models that studies kept and nobody gave: name on the page, folder, and what it was made from."""
         order: dict[type, int] = {StudyResult: 1, BenchResult: 2}  # folders first; a benchmark needs to know the rest
         for each in sorted(inputs, key=lambda one: order.get(type(one.result), 0)):
             if isinstance(each.result, StudyResult):
@@ -179,8 +181,7 @@ class Collector:
         self._of_folder[each.folder.resolve()] = number
         if isinstance(found, PruneResult):
             self._sparsity[number] = {matrix.name: matrix.sparsity for matrix in found.matrices}
-            losses = {matrix.name: matrix.loss for matrix in found.matrices if matrix.loss is not None}
-            self.result.maps.append(block_map(model.name, self._sparsity[number], losses))
+            self.result.maps.append(_map(model.name, found))
             asked = of_result(model.name, found)
             self.result.allocations += [asked] if asked is not None else []
         self._tell(each.name, found.verdict, found.warnings, found.versions, {})
@@ -214,6 +215,13 @@ class Collector:
                 take_speed(known, model)
             model.name += ", on the test text"
             self._add(source, tested, model)
+        for number, folder, made in kept_models(study):
+            if number in numbers and folder.resolve() not in self._folders:
+                named = self.result.models[numbers[number]].name
+                if "accuracy" not in dense:  # a classifier continues no text
+                    self.kept.append((named, folder, made.source))
+                if isinstance(made, PruneResult) and self._sparsity[numbers[number]]:
+                    self.result.maps.append(_map(named, made))
         self._fastest += [
             (study, title, numbers[study.best[name]])
             for name, title in SPEEDUPS.items()
@@ -324,10 +332,17 @@ class Collector:
                 )
 
 
+def _map(name: str, made: PruneResult) -> BlockMap:
+    losses = {matrix.name: matrix.loss for matrix in made.matrices if matrix.loss is not None}
+    return block_map(name, {matrix.name: matrix.sparsity for matrix in made.matrices}, losses)
+
+
 def _place(model: str) -> Path | None:
     """Where a model would lie if its name is a path; None for a name that cannot be one."""
     try:
-        return Path(model).expanduser().resolve()
+        place = Path(model).expanduser().resolve()
+        place.exists()  # refuses what is too long
+        return place
     except (ValueError, OSError, RuntimeError):
         return None
 

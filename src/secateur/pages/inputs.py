@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from secateur.allocation_file import AllocationFile, read_allocation
+from secateur.allocation_file import AllocationFile, is_allocation_file, read_allocation
 from secateur.bench_result import BenchResult
 from secateur.errors import UsageError
 from secateur.pages.decode import EXPECTED, decode, read_json
@@ -56,6 +56,26 @@ def read_inputs(paths: Sequence[str | Path]) -> list[Input]:
     ]
 
 
+def kept_models(study: StudyResult) -> list[tuple[int, Path, PruneResult | RecoverResult]]:
+    """Finalists, or before there are any what is recommended, whose models are still where the study left them.
+
+    Returns:
+        Number of the trial, folder of its model, and what that says of itself. What cannot be read is left out.
+    """
+    asked = study.finalists or [trial for trial in study.trials if trial.number == study.recommended]
+    found = []
+    for trial in asked:
+        folder = Path(trial.out)
+        try:
+            if trial.out and (folder / RESULT_FILE).is_file():
+                result = _read(folder)
+                if isinstance(result, PruneResult | RecoverResult):
+                    found.append((trial.number, folder, result))
+        except (UsageError, OSError, ValueError):
+            continue
+    return found
+
+
 def _read(path: Path) -> Result:
     file = path
     if path.is_dir():
@@ -66,8 +86,13 @@ def _read(path: Path) -> Result:
             )
     elif not path.exists():
         raise UsageError(f"no such file or folder: {path}", hint=EXPECTED)
-    if _is_allocation(file):
+    if is_allocation_file(file):
         return read_allocation(file)
+    if path.suffix in (".yaml", ".yml", ".db"):
+        raise UsageError(
+            f"{path} is what a study was made from, not its result",
+            hint="give the .json beside the storage of the study; `secateur study status` writes it",
+        )
     data = read_json(file)
     for cls, marks in MARKS.items():
         if all(mark in data for mark in marks):
@@ -75,17 +100,6 @@ def _read(path: Path) -> Result:
                 break
             return decode(cls, data, str(file))
     raise UsageError(f"{file} is no result that can be reported on", hint=EXPECTED)
-
-
-def _is_allocation(file: Path) -> bool:
-    """By its ending, or by its first word, which no JSON begins with: `allocate` writes YAML under any ending."""
-    if file.suffix in (".yaml", ".yml"):
-        return True
-    try:
-        with file.open("rb") as stream:
-            return stream.read(7) == b"format:"
-    except OSError:
-        return False  # told by who reads it
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

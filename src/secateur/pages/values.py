@@ -90,5 +90,4 @@ def called(trial: Trial) -> str:
     """Number and settings of a trial, or the name of a baseline."""
     if trial.number < 0:
         return trial.name or f"baseline {trial.number}"
-    told = " ".join(str(value) for value in trial.settings.values() if value not in (None, "", [], False))
-    return f"{trial.number}: {told}" if told else str(trial.number)
+    return f"{trial.number}: {trial.setting}"

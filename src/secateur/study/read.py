@@ -41,6 +41,18 @@ def is_file_of_study(name: str | Path) -> bool:
     return str(name) in BUILTIN or Path(name).suffix in (".yaml", ".yml")
 
 
+def storages_of(study: str | Path) -> list[Path]:
+    """The storages of a study file, of several models those that were begun; or the storage that was given.
+
+    Raises:
+        SecateurError: for a study file that cannot be read or makes no sense.
+    """
+    if not is_file_of_study(study):
+        return [Path(study).expanduser()]
+    storages = [spec.storage for spec in load_studies(study)]
+    return [path for path in storages if path.is_file()] or storages[:1]
+
+
 def load_study(file: str | Path, *, source: str | Path | None = None) -> StudySpec:
     """Read and check a study file of one model; see `load_studies`.
 

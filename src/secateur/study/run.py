@@ -28,7 +28,7 @@ from secateur.study.stopping import Bar, limits_of
 from secateur.study.store import MOST_TRIES, Store, import_optuna
 from secateur.study.trial import Outcome, Task, remove_models
 from secateur.study.values import COSTLY, QUALITY, check_constraints, meets, violations
-from secateur.study.workers import Cluster, Died, Inline, Pool, Processes
+from secateur.study.workers import Cluster, Died, Inline, Pool, Processes, import_ray
 from secateur.study_result import StudyResult, Trial
 from secateur.verbs.provenance import machine, versions
 
@@ -58,6 +58,8 @@ def run_study(
         raise StudyError(
             "both workers and ray are given", hint="a Ray cluster knows how many trials it can run at once"
         )
+    if ray is not None:
+        import_ray()
     recorder = Recorder(reporter)
     setup = set_up(spec, recorder)
     store = Store.create(spec, setup.identity)
@@ -89,7 +91,7 @@ class _Run:
             return self._over()
         write_texts(self.setup)
         self._describe()
-        pool: Pool | None = None
+        pool = self._pool(workers, ray) if self.store.get("chosen") is None else None
         try:
             self._make_base()
             dense = measure_baselines(self.setup, self.store, self._first, self.reporter)
@@ -99,8 +101,7 @@ class _Run:
             check_constraints(self.spec.constraints, self.setup.reach, self._dense)
             self._check_measured()
             self._clock.check(self._counted())
-            if self.store.get("chosen") is None:
-                pool = self._pool(workers, ray)
+            if pool is not None:
                 self.store.put("machine", {**self.store.get("machine"), "threads": pool.threads,
                                            "trials_at_once": pool.capacity})  # fmt: skip
                 self._search(pool)

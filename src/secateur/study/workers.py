@@ -6,18 +6,24 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import re
 import signal
+import socket
 import threading
 import traceback
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from secateur.errors import StudyError
 from secateur.progress import Reporter
 from secateur.study.trial import Outcome, Task, run_trial
 
 QUIT_SECONDS = 5
+REACH_SECONDS = 10
+"""For which a Ray cluster may stay silent."""
 
 
 @dataclass(frozen=True)
@@ -178,16 +184,23 @@ class Cluster:
 
     Args:
         address: as `ray.init` takes it: auto, HOST:PORT, or local for a cluster on this machine.
+
+    Raises:
+        MissingExtraError: without Ray.
+        StudyError: when there is no such cluster, or no machine of it has what a trial asks for.
     """
 
     def __init__(self, address: str, *, cpus: float, gpus: float, memory: int | None) -> None:
         self._ray = ray = import_ray()
-        if not ray.is_initialized():
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
-                     if address == "local" else None)  # fmt: skip
-            self._ours = True
-        else:
-            self._ours = False
+        self._busy: dict[Any, int] = {}
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            _connect(ray, address)
+        try:
+            _check_room(ray, {"CPU": cpus, "GPU": gpus, "memory": memory or 0})
+        except StudyError:
+            self.close()
+            raise
         # Retries are counted by the study, which has a limit of its own.
         options: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0}
         if memory:
@@ -195,9 +208,9 @@ class Cluster:
         self._run = ray.remote(**options)(_run_as_json)  # it runs in as many threads as it has CPUs
         total = ray.cluster_resources()
         fits = [total.get("CPU", 0) / cpus if cpus else 1, total.get("GPU", 0) / gpus if gpus else float("inf")]
+        fits += [total.get("memory", 0) / memory] if memory else []
         self.capacity = max(1, int(min(fits)))
         self.threads = max(1, int(cpus))
-        self._busy: dict[Any, int] = {}
 
     def submit(self, task: Task) -> None:
         self._busy[self._run.remote(task.to_json())] = task.number
@@ -219,6 +232,48 @@ class Cluster:
         self._busy = {}
         if self._ours:
             self._ray.shutdown()
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Join the cluster; Ray itself would try for minutes where nobody answers.
+
+    Raises:
+        StudyError: when there is none.
+    """
+    hint = "start it with `ray start --head`, or take --ray local or --workers"
+    place = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d{1,5})", address)
+    try:
+        if place is not None:
+            socket.create_connection((place[1], int(place[2])), timeout=REACH_SECONDS).close()
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False
+                 if address == "local" else None)  # fmt: skip
+    except Exception as error:
+        reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
+        raise StudyError(f"no Ray cluster at {address}: {reason}", hint=hint) from error
+
+
+def _check_room(ray: Any, asked: Mapping[str, float]) -> None:
+    """Refuse trials that would wait for ever: no machine has what one of them asks for.
+
+    Raises:
+        StudyError: with the most that a machine has.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(machine.get(kind, 0) >= amount for kind, amount in asked.items()) for machine in machines):
+        return
+    told = _told(asked)
+    there = "; ".join(_told({kind: machine.get(kind, 0) for kind in asked}) for machine in machines)
+    raise StudyError(
+        f"no machine of the Ray cluster can run a trial that asks for {told} (there are: {there or 'none'})",
+        hint="give the study smaller resources, or add such a machine first",
+    )
+
+
+def _told(resources: Mapping[str, float]) -> str:
+    return ", ".join(
+        f"{amount / 1e9:.3g} GB" if kind == "memory" else f"{amount:g} {kind}"
+        for kind, amount in resources.items() if amount
+    )  # fmt: skip
 
 
 def _run_as_json(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ WINDOWS = 12
 """Windows of the measuring text, when the text has as many."""
 SURE = 0.95
 """Coverage of an interval from which a difference may be claimed: six rounds."""
+SAME_QUALITY = 0.005
+"""Perplexities that differ by less are told as the same, however sure the difference is."""
 _SIZES = ("parameters", "nonzero", "bytes_disk", "bytes_resident", "flops_per_token", "sparse_flops_per_token")
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_tokens_per_second_batch_8",
            "seconds_to_first_token", "joules_per_token")  # fmt: skip
@@ -208,7 +211,8 @@ def _result(
             setattr(row, name, found.median(name))
         row.missing |= found.missing
         if row.joules_per_token is None:
-            row.missing["joules_per_token"] = why or found.missing.get("speed", "the meter gave nothing")
+            own = found.missing.get("joules_per_token") or found.missing.get("speed")
+            row.missing["joules_per_token"] = why or own or "the meter gave nothing"
         if carbon is None:
             row.missing["grams_co2_per_token"] = "no region was given (--region)"
         elif row.joules_per_token is None:
@@ -221,6 +225,9 @@ def _result(
     ratio = {
         row.label: _ratios(rows[0], row, measured[0], found) for row, found in zip(rows[1:], measured[1:], strict=True)
     }
+    for row, entry in zip(rows[1:], entries[1:], strict=True):
+        if rows[0].perplexity and row.perplexity:
+            ratio[row.label]["perplexity"] = quality_ratio(entries[0].by_window, entry.by_window)
     result = BenchResult(**vars(rows[0]))
     result.against = [*rows[1:], *failed]
     result.ratio = ratio
@@ -261,10 +268,21 @@ def _ratios(ours: Quantities, theirs: Quantities, one: Measurement, other: Measu
             found = interval_of_ratios(their_rounds, ours_rounds)
             sure = found.coverage >= SURE and found.differs
             made[name] = RatioResult(found.median, found.low, found.high, found.coverage, sure)
-    if ours.perplexity and theirs.perplexity:
-        exact = ours.perplexity / theirs.perplexity
-        made["perplexity"] = RatioResult(exact, exact, exact, 1.0, abs(exact - 1) > 0.005)
     return made
+
+
+def quality_ratio(ours: Sequence[float], theirs: Sequence[float]) -> RatioResult:
+    """Our perplexity by theirs, window by window of one text.
+
+    Args:
+        ours: nats per token in each window.
+    """
+    found = interval_of_ratios(
+        [1.0] * len(ours), [math.exp(min(a - b, 700.0)) for a, b in zip(ours, theirs, strict=True)]
+    )
+    beyond = found.low > 1 or found.high < 1
+    sure = found.coverage >= SURE and beyond and abs(found.median - 1) > SAME_QUALITY
+    return RatioResult(found.median, found.low, found.high, found.coverage, sure)
 
 
 def efficiency(row: Quantities, dense: Quantities) -> float | None:

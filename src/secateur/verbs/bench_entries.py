@@ -61,6 +61,8 @@ class Entry:
     """Of the perplexity."""
     counted: str = ""
     """How operations were counted."""
+    by_window: tuple[float, ...] = ()
+    """Nats per token in each window of the text."""
 
     def __post_init__(self) -> None:
         self.quantities = Quantities(self.name, "llama.cpp" if self.file else "transformers", self.format)
@@ -157,7 +159,7 @@ class Entry:
             row.missing["perplexity"] = error.message
             reporter.warn(f"perplexity of {self.name} as {self.format} was not measured: {error.message}")
             return
-        row.perplexity = found.perplexity
+        row.perplexity, self.by_window = found.perplexity, found.by_window
         if found.perplexity is None:
             row.missing["perplexity"] = f"it is beyond the largest number ({found.nll_per_token:.0f} nats per token)"
         self.protocol = perplexity_protocol(text.origin, cut)

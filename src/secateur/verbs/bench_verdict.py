@@ -23,15 +23,24 @@ def bench_sentences(result: BenchResult) -> list[str]:
 
 def _against(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult]) -> list[str]:
     said = []
+    if "parameters" in ratio and "nonzero" in ratio:
+        said.append(_weights(ratio["parameters"], ratio["nonzero"]))
     if "bytes_disk" in ratio:
         said.append(_exact("The file", "the bytes", ratio["bytes_disk"], _why_size(ours, theirs, ratio)))
     if "bytes_resident" in ratio:
         said.append(_exact("It", "the memory when loaded", ratio["bytes_resident"], ""))
+    if "flops_per_token" in ratio:
+        why = _why_operations(ratio["flops_per_token"], ratio.get("sparse_flops_per_token"))
+        said.append(_exact("A token", "the operations", ratio["flops_per_token"], why))
     if "perplexity" in ratio:
         found = ratio["perplexity"]
         word = "worse" if found.median > 1 else "better"
         values = f"perplexity {ours.perplexity:.2f} and {theirs.perplexity:.2f}"
-        said.append(f"quality is {word} ({values})." if found.differs else f"quality is the same ({values}).")
+        beside = f"{values}; ratio of a window {found.median:.3f}, between {found.low:.3f} and {found.high:.3f}"
+        same = f"{found.low:.2f}" == f"{found.high:.2f}" == "1.00"
+        said.append(f"quality is {word} ({beside})." if found.differs else
+                    f"quality is the same ({values})." if same else
+                    f"no difference shown in quality ({beside}).")  # fmt: skip
     for name, subject in _TIMED:
         if name in ratio:
             said.append(_timed(subject, ratio[name], _why_speed(name, ours, theirs, ratio[name])))
@@ -42,6 +51,12 @@ def _against(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult]
         said.append(f"a token takes {word} energy ({interval})." if found.differs else
                     f"no difference shown in energy per token ({interval}).")  # fmt: skip
     return said
+
+
+def _weights(all_: RatioResult, nonzero: RatioResult) -> str:
+    told = f"{all_.median:.2f} times the weights" if all_.differs else "the same number of weights"
+    left = f"{nonzero.median:.2f} times as many" if nonzero.differs else "as many"
+    return f"it has {told}, and {left} that are not zero."
 
 
 def _exact(subject: str, what: str, found: RatioResult, why: str) -> str:
@@ -76,6 +91,13 @@ def _why_size(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult
     return ""
 
 
+def _why_operations(found: RatioResult, without: RatioResult | None) -> str:
+    """What dense kernels do counts; what others would do is told where it is something else."""
+    if without is None or f"{without.median:.2f}" == f"{found.median:.2f}":
+        return ""
+    return f", and would take {without.median:.2f} times with kernels that leave zeros out"
+
+
 def _why_speed(name: str, ours: Quantities, theirs: Quantities, found: RatioResult) -> str:
     """The cause, where it is known: of packed weights in the direction in which it works."""
     if not (ours.packed or theirs.packed):
@@ -101,24 +123,25 @@ def _why_speed(name: str, ours: Quantities, theirs: Quantities, found: RatioResu
 
 def _at_equal_bytes(result: BenchResult) -> list[str]:
     """Which model to take when bytes are what counts: none other as small is as good, or which ones are."""
-    if result.perplexity is None or not result.bytes_disk or not result.against:
+    if result.perplexity is None or not result.bytes_disk:
         return []
-    better = [
-        row for row in result.against
-        if row.perplexity is not None and row.bytes_disk is not None
-        and row.bytes_disk <= 1.02 * result.bytes_disk and row.perplexity < result.perplexity
-    ]  # fmt: skip
-    measured = [row for row in result.against if row.perplexity is not None and row.bytes_disk is not None]
+    measured = [(row.bytes_disk, row.perplexity, row) for row in result.against if row.bytes_disk and row.perplexity]
     if not measured:
         return []
-    ours = f"{result.bytes_disk / 1e6:,.1f} MB, perplexity {result.perplexity:.2f}"
-    if not better:
+    ours = _told(result.bytes_disk, result.perplexity)
+    named = f"{result.name} as {result.format}"
+    fitting = [one for one in measured if one[0] <= 1.02 * result.bytes_disk]
+    if not fitting:
+        nbytes, perplexity, row = min(measured, key=lambda one: one[0])
         return [
-            f"At equal bytes {result.name} as {result.format} wins ({ours}): nothing compared is as small and better."
+            f"At equal bytes {named} ({ours}) stands alone, which is no win: the smallest compared is {row.name} as "
+            f"{row.format} ({_told(nbytes, perplexity)})."
         ]
-    best = min(better, key=lambda row: row.perplexity or 0.0)
-    named = f"{best.name} as {best.format}"
-    assert best.bytes_disk is not None
-    assert best.perplexity is not None
-    theirs = f"{best.bytes_disk / 1e6:,.1f} MB, perplexity {best.perplexity:.2f}"
-    return [f"At equal bytes {named} wins ({theirs}) over {result.name} as {result.format} ({ours})."]
+    nbytes, perplexity, row = min(fitting, key=lambda one: one[1])
+    if perplexity >= result.perplexity:
+        return [f"At equal bytes {named} wins ({ours}): nothing compared is as small and better."]
+    return [f"At equal bytes {row.name} as {row.format} wins ({_told(nbytes, perplexity)}) over {named} ({ours})."]
+
+
+def _told(nbytes: int, perplexity: float) -> str:
+    return f"{nbytes / 1e6:,.1f} MB, perplexity {perplexity:.2f}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from secateur.checkpoint.file import OutputFile
 from secateur.corpus.load import DEFAULT_PROMPT, load_text
 from secateur.errors import UnknownNameError, UsageError
 from secateur.pages.collect import Collector
-from secateur.pages.inputs import Input, read_inputs
+from secateur.pages.inputs import read_inputs
 from secateur.pages.markdown import markdown
 from secateur.pages.page import check_extra, render_page
 from secateur.progress import Recorder, Reporter
@@ -42,7 +43,8 @@ def report(
         format: html, md or json.
         prompts: texts that the dense and the pruned models of the folders continue.
         text: what their losses are measured on, see `secateur.corpus.load.load_text`.
-        run: open the models of the folders and their dense models, for what no result file says.
+        run: open the models of the folders, the finalists that studies kept, and their dense models, for what no result
+            file says.
         sequence_length: tokens in a window (512, or less where the model or the text has less).
         samples: windows (4, or what the text has).
 
@@ -65,10 +67,16 @@ def report(
         check_extra()
     file = None if out is None else OutputFile(out, suffix=FORMATS[format], overwrite=overwrite, sources=inputs)
     found = read_inputs(inputs)
-    result = Collector(found).finish()
-    folders = [each for each in found if each.folder is not None]
-    if run and folders:
-        result.examined = _examine(folders, text, prompts, sequence_length, samples, device, recorder)
+    collector = Collector(found)
+    result = collector.finish()
+    models: list[tuple[str, Path, Mapping[str, Any]]] = [
+        (each.name, each.folder, each.result.source)
+        for each in found
+        if each.folder is not None and isinstance(each.result, PruneResult | RecoverResult)
+    ]
+    models += collector.kept
+    if run and models:
+        result.examined = _examine(models, text, prompts, sequence_length, samples, device, recorder)
     elif prompts:
         recorder.warn("--prompt has no effect: no model is run")
     result.warnings += recorder.warnings
@@ -97,19 +105,14 @@ def render(result: ReportResult, format: str = "html") -> str:
 
 
 def _examine(
-    folders: Sequence[Input], text: str | Path, prompts: Sequence[str], length: int | None, samples: int | None,
-    device: str, reporter: Reporter,
+    models: Sequence[tuple[str, Path, Mapping[str, Any]]], text: str | Path, prompts: Sequence[str],
+    length: int | None, samples: int | None, device: str, reporter: Reporter,
 ) -> list[Examined]:  # fmt: skip
-    """Run the models of the folders; torch is imported here, and not where nothing is run."""
+    """Run models, each with its folder and source; torch is imported here, and not where nothing is run."""
     chosen = load_text(text, "measure")
     from secateur.verbs.examine import Pruned, examine
 
-    models = [
-        Pruned(each.name, each.folder, each.result.source)
-        for each in folders
-        if each.folder is not None and isinstance(each.result, PruneResult | RecoverResult)
-    ]
     return examine(
-        models, chosen, prompts=prompts or [DEFAULT_PROMPT], length=length, samples=samples, device=device,
-        reporter=reporter,
+        [Pruned(*each) for each in models], chosen, prompts=prompts or [DEFAULT_PROMPT], length=length,
+        samples=samples, device=device, reporter=reporter,
     )  # fmt: skip
