@@ -95,7 +95,7 @@ def setting_of(trial: Trial) -> str:
     words = []
     for name, value in trial.settings.items():
         if value not in left_out:
-            plain = name in ("method", "pattern", "structure", "dtype", "recovery", "sparsity")
+            plain = name in ("method", "pattern", "structure", "convert", "dtype", "recovery", "sparsity")
             words.append(str(value) if plain else f"{name} {value}")
     return " ".join(words) or "as it is"
 
@@ -145,6 +145,6 @@ def _progress(result: StudyResult) -> str:
     end = "finished" if result.finished else "not finished"
     return (
         f"{len(result.trials)}{of} trials: {told}; {end}; {seconds:,.0f} s, {saved:,.0f} s saved by sharing "
-        f"({result.spent.get('shared_models', 0):.0f} pruned models and {result.spent.get('shared_baselines', 0):.0f} "
+        f"({result.spent.get('shared_models', 0):.0f} models and {result.spent.get('shared_baselines', 0):.0f} "
         "dense measurements taken again)"
     )
