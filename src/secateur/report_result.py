@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from secateur.result import SCHEMA_VERSION, AllocatedMatrix, Plain
 
-Kind = Literal["dense", "quantised", "pruned", "other"]
+Kind = Literal["dense", "quantised", "pruned", "converted", "other"]
+MADE: tuple[Kind, ...] = ("pruned", "converted")
+"""What can be taken in the place of the dense model; the rest is there to be compared with."""
 
 
 @dataclass
@@ -16,7 +18,8 @@ class ReportModel(Plain):
 
     name: str
     kind: Kind
-    """dense is the source; quantised the source in another number format; other a model of another source."""
+    """dense is the source; quantised the source in another number format; converted has other layers, as `secateur
+    convert` makes them; other a model of another source."""
     origin: str
     """The input that it comes from."""
     values: dict[str, float] = field(default_factory=dict)

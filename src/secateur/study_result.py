@@ -18,14 +18,15 @@ class Trial(Plain):
     """From 0; baselines count down from -1."""
     state: State
     settings: dict[str, Any]
-    """Name in the space -> value: method, sparsity, pattern, structure ..."""
+    """Name in the space -> value: method, sparsity, pattern, structure ..., or convert: the conversion in words."""
     command: str
     """The command line that makes this model."""
     values: dict[str, float | None] = field(default_factory=dict)
     """Objectives, and everything else that was measured: perplexity, nll_per_token, bytes_disk, parameters, nonzero,
-    sparsity, flops_per_token, sparse_flops_per_token, decode_tokens_per_second, seconds; of classifiers accuracy,
-    accuracy_difference (from the dense model's, text by text), macro_f1, loss, sentences_per_second,
-    sentences_per_second_batch_32, joules_per_thousand_sentences."""
+    sparsity, flops_per_token, sparse_flops_per_token, decode_tokens_per_second, seconds; of networks cut into experts
+    active_parameters (which one token goes through); of classifiers accuracy, accuracy_difference (from the dense
+    model's, text by text), macro_f1, loss, sentences_per_second, sentences_per_second_batch_32,
+    joules_per_thousand_sentences."""
     meets: bool | None = None
     """Whether every constraint is met; None while that is not known."""
     reason: str = ""
@@ -49,7 +50,7 @@ class Trial(Plain):
     def setting(self) -> str:
         """What distinguishes it, in a few words."""
         left_out = ("none", "auto", "unstructured", "uniform", "", None)
-        plain = ("method", "pattern", "structure", "dtype", "recovery", "sparsity")
+        plain = ("method", "pattern", "structure", "convert", "dtype", "recovery", "sparsity")
         words = [
             str(value) if name in plain else f"{name.replace('_', ' ')} {value}"
             for name, value in self.settings.items() if value not in left_out

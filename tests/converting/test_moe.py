@@ -135,6 +135,21 @@ def test_the_oracle_is_no_worse_than_the_router_and_needs_none(base, tmp_path):
     assert load_model(tmp_path / "oracle").num_parameters() == load_model(base).num_parameters()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_a_token_does_not_come_to_is_what_learns_nothing_from_it(family, tmp_path):
+    model = save_tiny(tmp_path / "model", family)
+    for router in ("similarity", "oracle"):
+        convert(model, tmp_path / router, router=router)
+    loaded = load_model(tmp_path / "similarity")
+    loaded(calibration_for("llama")[:1, :1]).logits.square().sum().backward()
+    for layer in (module for module in loaded.modules() if isinstance(module, MoeFfn)):
+        parts = [part for name, part in layer.named_parameters() if not name.startswith("router")]
+        assert layer.unread == sum(int((part.grad == 0).sum()) for part in parts) > 0
+    neurons = loaded.config.intermediate_size if family == "llama" else 4 * 32
+    for layer in (module for module in load_model(tmp_path / "oracle").modules() if isinstance(module, MoeFfn)):
+        assert layer.unread == neurons * 5 // 8 * 32  # all are computed to choose; five of eight are then left out
+
+
 def test_a_relu_is_not_called_dense(tmp_path):
     model = save_tiny(tmp_path / "model", "gpt2", activation_function="relu")
     result = convert(model, tmp_path / "out", split="activations")

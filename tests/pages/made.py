@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.bench_result import BenchResult, Quantities
 from secateur.report_result import BrokenToken, Condition, Continued, Distribution, Examined, GroupLoss
-from secateur.result import Measured, PrunedMatrix, PruneResult, RecoverResult
+from secateur.result import ConvertResult, Measured, PrunedMatrix, PruneResult, RecoverResult
 from secateur.study_result import StudyResult, Trial
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\"'`&{{7*7}}|<!--]]>\x00\x1b[31m\ud800"
@@ -43,6 +43,16 @@ def pruning(blocks: int = 4, *, text: str = "", **changes: Any) -> PruneResult:
         "warnings": [f"careful{text}"] if text else [], "versions": {"torch": f"2{text}"},
     }  # fmt: skip
     return PruneResult(**{**values, **changes})
+
+
+def conversion(**changes: Any) -> ConvertResult:
+    values = {
+        "out": "c", "source": {"name": "base", "model": "base", "sha256": "abc", "kind": "folder"},
+        "conversion": "factorized", "options": {"cores": 2, "rank": 8}, "models": [], "seconds": 3.0,
+        "peak_rss_bytes": 10**8, "before": sizes(), "after": sizes(13.0, bytes_disk=3_000_000), "verified": True,
+        "protocol": PROTOCOL,
+    }  # fmt: skip
+    return ConvertResult(**{**values, **changes})
 
 
 def recovery(**changes: Any) -> RecoverResult:
@@ -141,7 +151,7 @@ def examined(model: str, source: str = "base", *, text: str = "") -> Examined:
 
 def write(path: Path, result: Any) -> Path:
     """A result where its command would leave it: a folder for prune and recover, a file for the others."""
-    if isinstance(result, PruneResult | RecoverResult):
+    if isinstance(result, PruneResult | RecoverResult | ConvertResult):
         path.mkdir(parents=True, exist_ok=True)
         (path / "secateur.json").write_text(json.dumps(result.to_dict()), encoding="utf-8")
     else:

@@ -19,7 +19,7 @@ from secateur.pages.fronts import knee, pareto
 from secateur.pages.inputs import read_inputs
 from secateur.recipe import Recipe
 from secateur.study_result import Trial
-from tests.pages.made import bench, pruning, recovery, sizes, study, write
+from tests.pages.made import bench, conversion, pruning, recovery, sizes, study, write
 
 numbers = st.integers(0, 6).map(float)
 
@@ -63,6 +63,27 @@ def test_two_prunings_of_one_model_share_its_dense_model_and_a_front(tmp_path):
     assert "0.75 times the bytes" in result.answer[0]
     assert "13.00 against 12.00" in result.answer[1]
     assert len(result.answer) == 3
+
+
+def test_a_converted_model_is_called_so_and_can_be_taken(tmp_path):
+    pruned, converted = write(tmp_path / "a", pruning()), write(tmp_path / "c", conversion())
+    result = collect(pruned, converted)
+    assert [m.kind for m in result.models] == ["dense", "pruned", "converted"]
+    assert result.command == "secateur convert base -o c --to factorized --rank 8"
+    assert result.answer[0].startswith("Converting base pays if")
+    assert "of the pruned and converted models that no other betters" in result.answer[1]
+    assert collect(converted).answer[0].startswith("Converting base pays if")
+    nothing = write(tmp_path / "n", conversion(after=sizes(13.0)))
+    assert collect(nothing).answer[0].startswith("Converting base does not pay here: no converted model is better")
+    both = collect(pruned, nothing).answer[0]
+    assert both.startswith("Pruning or converting base does not pay here: no pruned or converted model is better")
+
+
+def test_a_benchmark_of_a_converted_folder_is_of_a_converted_model(tmp_path):
+    folder = write(tmp_path / "c", conversion())
+    result = collect(folder, write(tmp_path / "b.json", bench(str(folder))))
+    assert {m.kind for m in result.models if m.origin == "b.json"} == {"converted", "dense", "quantised"}
+    assert next(m for m in result.models if m.name == "c").values["flops_per_token"] == 2e6
 
 
 def test_what_gains_nothing_is_not_recommended(tmp_path):

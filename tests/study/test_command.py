@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 
 from secateur.cli.app import main
+from secateur.plugins import describe
 from secateur.recipe import Override, Recipe
 from secateur.study.command import command_line
+from secateur.study.conversion import read_conversions
 from secateur.training import Training
+from secateur.verbs.convert import SETTINGS, make_conversion
 
 RECIPES = {
     "weights": Recipe(method="wanda", sparsity=0.1 + 0.2, samples=8, sequence_length=64),
@@ -29,7 +32,7 @@ def calls(monkeypatch):
     import sys
 
     found = {}
-    for name in ("prune", "recover"):
+    for name in ("prune", "convert", "recover"):
 
         def verb(*args, name=name, **kwargs):
             found[name] = (args, kwargs)
@@ -75,6 +78,35 @@ def test_recover_is_asked_for_the_same_settings_on_what_prune_made(calls):
     args, kwargs = calls["recover"]
     assert (args[0], str(args[1])) == ("out-pruned", "out")
     assert kwargs["settings"] == training
+
+
+CONVERSIONS = {
+    "factors": {"to": "factorized", "budget": "parameters=0.8", "weighting": "none"},
+    "chains": {"to": "factorized", "cores": 3, "rank": "full", "share-central": True},
+    "experts": {"to": "moe", "experts": 48, "top-k": 12, "router": "similarity", "split": "activations"},
+    "tied": {"to": "shared", "groups": 10},
+    "steps": {"to": "shared", "iterations": 20, "step": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "recipe"), [*((name, "weights") for name in CONVERSIONS), ("factors", "names")])
+def test_convert_is_asked_for_the_same_conversion(name, recipe, calls):
+    (conversion,) = read_conversions(CONVERSIONS[name], "x").values()
+    run(command_line("my model", RECIPES[recipe], Training(mode="full"), "out", conversion=conversion))
+    args, kwargs = calls["convert"]
+    assert (args[0], str(args[1])) == ("my model", "out-converted")
+    assert (kwargs["evaluate"], kwargs["verify"]) == (False, True)
+    known = {"to", *(option.name for option in describe("conversions", conversion["to"], "").options)}
+    given = {key: value for key, value in kwargs.items() if key in known}
+    assert read_conversions(given, "x") == read_conversions(CONVERSIONS[name], "x")
+    make_conversion(given.pop("to"), given)  # which takes texts for numbers, as the flags have them
+    looked_at = [
+        {key: value for key, value in one.items() if key in SETTINGS} for one in (kwargs, RECIPES[recipe].to_dict())
+    ]
+    assert Recipe.from_dict(looked_at[0]) == Recipe.from_dict(looked_at[1])
+    args, kwargs = calls["recover"]
+    assert (args[0], str(args[1]), kwargs["dense"]) == ("out-converted", "out", True)
+    assert "prune" not in calls
 
 
 def test_flags_that_would_have_no_effect_are_left_out():

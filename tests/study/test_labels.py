@@ -40,7 +40,7 @@ def study(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SECATEUR_CACHE", str(folder / "cache"))
         # Proofs and clocks in fresh processes have tests of their own, and take most of the time of a tiny model.
-        for module in ("trial", "share", "baselines"):
+        for module in ("share", "baselines"):
             patch.setattr(f"secateur.study.{module}.prune", functools.partial(secateur.prune, verify=False))
         for module in ("trial", "base"):
             patch.setattr(f"secateur.study.{module}.recover", functools.partial(secateur.recover, verify=False))

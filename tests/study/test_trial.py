@@ -86,9 +86,7 @@ def test_values_are_those_of_evaluate(study):
 @pytest.fixture
 def task(root, place, monkeypatch):
     """A trial whose model is pruned for real, without the proof in a fresh process, which takes most of the time."""
-    import secateur.study.trial as module
-
-    monkeypatch.setattr(module, "prune", functools.partial(secateur.prune, verify=False))
+    monkeypatch.setattr("secateur.study.share.prune", functools.partial(secateur.prune, verify=False))
     cut = windows((root / "choice.txt").read_text(), tiny_tokenizer(), 32)[:4]
     return Task(
         number=7, model=str(place / "model"), dense=str(place / "model"), recipe=MAGNITUDE.to_dict(), training=None,

@@ -134,6 +134,6 @@ def _progress(result: StudyResult) -> str:
     end = "finished" if result.finished else "not finished"
     return (
         f"{len(result.trials)}{of} trials: {told}; {end}; {seconds:,.0f} s, {saved:,.0f} s saved by sharing "
-        f"({result.spent.get('shared_models', 0):.0f} pruned models and {result.spent.get('shared_baselines', 0):.0f} "
+        f"({result.spent.get('shared_models', 0):.0f} models and {result.spent.get('shared_baselines', 0):.0f} "
         "dense measurements taken again)"
     )

@@ -61,6 +61,19 @@ class MoeFfn(nn.Module):
             shape = router_shapes(self.experts, self.in_features, self.router).get(name)
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **made)) if shape else None)
 
+    @property
+    def unread(self) -> int:
+        """Parameters that a token does not come to: neurons of experts that are not chosen.
+
+        The oracle computes all neurons in order to choose, and then leaves out their part of the output alone.
+        """
+        neurons = self.neurons - self.top * self.neurons // self.experts
+        into = 0 if self.router == "oracle" else sum(
+            self.in_features + (bias is not None)
+            for matrix, bias in ((self.gate, self.gate_bias), (self.up, self.up_bias)) if matrix is not None
+        )  # fmt: skip
+        return neurons * (into + self.out_features)
+
     def hidden(self, rows: torch.Tensor, first: int = 0, last: int | None = None) -> torch.Tensor:
         """Neurons ``first`` to ``last`` for rows (tokens, in): (tokens, neurons)."""
         return self._hidden(lambda name: self._read(name, first, last, rows))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from secateur.report_result import Comparison, ReportModel, ReportResult
+from secateur.report_result import MADE, Comparison, ReportModel, ReportResult
 from secateur.study_result import StudyResult
 
 _GAINS = (
@@ -72,17 +72,18 @@ def _times(model: ReportModel, name: str) -> str:
 
 
 def _choice(comparison: Comparison, models: Sequence[ReportModel]) -> tuple[int | None, str]:
-    """A pruned model on a front: the knee of the first front that has one, else the best in quality."""
+    """A model on a front, made of the dense one: the knee of the first front that has one, else the best in quality."""
     for front in comparison.fronts:
-        if front.knee is not None and models[front.knee].kind == "pruned":
+        if front.knee is not None and models[front.knee].kind in MADE:
             return front.knee, f"it is the knee of the front of {_axis(front.axis)}"
-    on = [n for front in comparison.fronts for n in front.front if models[n].kind == "pruned"]
+    on = [n for front in comparison.fronts for n in front.front if models[n].kind in MADE]
     if not on:
         return None, ""
     sign = 1 if comparison.better == "minimize" else -1
     best = min(on, key=lambda n: sign * models[n].values[comparison.quality])
     axes = [_axis(front.axis) for front in comparison.fronts if best in front.front]
-    return best, f"of the pruned models that no other betters in {' or '.join(axes)}, its quality is the best"
+    those = f"of the {_candidates(comparison, models)} models that no other betters in {' or '.join(axes)}"
+    return best, f"{those}, its quality is the best"
 
 
 def _axis(name: str) -> str:
@@ -93,23 +94,37 @@ def _dense(comparison: Comparison, models: Sequence[ReportModel]) -> ReportModel
     return next((models[n] for n in comparison.models if models[n].kind == "dense"), None)
 
 
+def _candidates(comparison: Comparison, models: Sequence[ReportModel], both: str = "and") -> str:
+    """What was done to the models that could be taken: pruned, converted, or one of the two."""
+    kinds = {models[n].kind for n in comparison.models}
+    return f" {both} ".join(kind for kind in MADE if kind in kinds) or "pruned"
+
+
+def _doing(comparison: Comparison, models: Sequence[ReportModel], number: int | None) -> str:
+    """What was done to the model that is taken; without one, to all that could be."""
+    told = models[number].kind if number is not None else _candidates(comparison, models, "or")
+    return told.replace("pruned", "pruning").replace("converted", "converting")
+
+
 def _pays(result: ReportResult, comparison: Comparison, number: int | None) -> str:
     models, source = result.models, comparison.source
     dense = _dense(comparison, models)
+    doing = _doing(comparison, models, number)
     if not comparison.quality:
-        return f"Whether pruning {source} pays is not known: no input measured quality."
+        return f"Whether {doing} {source} pays is not known: no input measured quality."
     if number is None:
         return (
-            f"Pruning {source} does not pay here: no pruned model is better than the others in anything that was "
-            "measured beside quality."
+            f"{doing.capitalize()} {source} does not pay here: no {_candidates(comparison, models, 'or')} model is "
+            "better than the others in anything that was measured beside quality."
         )
     gains = _gains(models[number], dense)
     if dense is None:
-        return f"Whether pruning {source} pays is not known: no input has the dense model measured in the same way."
+        return f"Whether {doing} {source} pays is not known: no input has the dense model measured in the same way."
     better = [text for text, good in gains if good]
     if not better:
-        return f"Pruning {source} does not pay here: what is recommended costs quality and gains nothing measured."
-    return f"Pruning {source} pays if the quality is enough: {', '.join(better)} of the dense model."
+        why = "what is recommended costs quality and gains nothing measured"
+        return f"{doing.capitalize()} {source} does not pay here: {why}."
+    return f"{doing.capitalize()} {source} pays if the quality is enough: {', '.join(better)} of the dense model."
 
 
 def _gains(model: ReportModel, dense: ReportModel | None) -> list[tuple[str, bool]]:

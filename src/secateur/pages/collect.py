@@ -27,7 +27,7 @@ from secateur.pages.values import (
     take_speed,
     unshown_speed,
 )
-from secateur.report_result import BlockMap, Comparison, Kind, ReportModel, ReportResult
+from secateur.report_result import MADE, BlockMap, Comparison, Kind, ReportModel, ReportResult
 from secateur.result import ConvertResult, PruneResult, RecoverResult
 from secateur.study_result import StudyResult, Trial
 
@@ -170,7 +170,7 @@ class Collector:
                 source, protocol, ReportModel(f"{title} (dense)", "dense", each.name, measured_values(dense, dense))
             )
         model = ReportModel(
-            each.name, "other" if isinstance(found, ConvertResult) else "pruned", each.name,
+            each.name, "converted" if isinstance(found, ConvertResult) else "pruned", each.name,
             measured_values(found.after, dense), command_of(found, each.name), settings_of(found),
         )  # fmt: skip
         model.values["seconds"] = found.seconds
@@ -239,7 +239,7 @@ class Collector:
         self._tell(name, [], study.warnings, study.versions, study.machine)
 
     def _trial(self, origin: str, trial: Trial, dense: Mapping[str, float | None], *, baseline: bool) -> ReportModel:
-        kind: Kind = "pruned"
+        kind: Kind = "converted" if "convert" in trial.settings else "pruned"
         if baseline:
             kind = "dense" if trial.name == "dense" else "quantised"
         values = {name: value for name, value in trial.values.items() if value is not None}
@@ -262,7 +262,7 @@ class Collector:
             place = _place(entry.name)
             kind: Kind = "other"
             if place in self._of_folder:
-                kind = "pruned"
+                kind = self.result.models[self._of_folder[place]].kind
             elif _names(entry.name) & source.names:
                 kind = "dense" if entry is dense else "quantised"
             elif dense is not None and entry.packed and entry.parameters == dense.parameters:
@@ -310,7 +310,7 @@ class Collector:
     def _known(self, entry: Quantities, kind: Kind, place: Path | None, source: _Source) -> int | None:
         if entry.runtime != "transformers":
             return None
-        if kind == "pruned" and place is not None:
+        if kind in MADE and place is not None:
             return self._of_folder.get(place)
         if kind == "dense":
             numbers = (number for members in source.by_protocol.values() for number in members)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from secateur.pages.fronts import AXES
 from secateur.pages.svg import LEFT, RIGHT, TOP, WIDTH, Chart, Scale, cut, element, short
 from secateur.report_result import (
+    MADE,
     AllocationMap,
     BlockMap,
     Comparison,
@@ -53,19 +54,19 @@ def _front(key: str, front: Front, comparison: Comparison, result: ReportResult)
     x = Scale.of([x for x, _ in at.values()], LEFT, WIDTH - RIGHT)
     y = Scale.of(values, chart.bottom, TOP, log=log)
     chart.axes(x, y)
-    entries = [("c1", "pruned"), ("c0", "dense"), ("c2", "quantised only"), ("c3", "other")]
-    kinds = {"pruned": "c1", "dense": "c0", "quantised": "c2", "other": "c3"}
+    entries = [("c1", "pruned"), ("c5", "converted"), ("c0", "dense"), ("c2", "quantised only"), ("c3", "other")]
+    kinds = {"pruned": "c1", "converted": "c5", "dense": "c0", "quantised": "c2", "other": "c3"}
     seen = {kinds[models[n].kind] for n in front.points}
     chart.legend([entry for entry in entries if entry[0] in seen] + [("c4", "knee")] * (front.knee is not None))
     chart.line([(x(at[n][0]), y(at[n][1])) for n in front.front], "front")
-    for n in sorted(front.points, key=lambda n: (n in front.front, models[n].kind != "pruned")):
+    for n in sorted(front.points, key=lambda n: (n in front.front, models[n].kind not in MADE)):
         place = x(at[n][0]), y(at[n][1])
         class_ = f"mark {kinds[models[n].kind]}" + (" on" if n in front.front else " off")
         class_ += " broken" if models[n].meets is False else ""
         tip = f"{models[n].name}\n{comparison.quality} {at[n][1]:,.4g}\n{axis.title} {short(at[n][0])}"
         if models[n].meets is False:
             tip += "\ndoes not meet the constraints"
-        if models[n].kind == "pruned":
+        if models[n].kind in MADE:
             chart.add(
                 "circle", cx=place[0], cy=place[1], r=4.5 if n in front.front else 3.2, class_=class_, data_tip=tip
             )
@@ -94,7 +95,7 @@ def _front(key: str, front: Front, comparison: Comparison, result: ReportResult)
 
 def _labels(chart: Chart, front: Front, places: dict[int, tuple[float, float]], result: ReportResult) -> None:
     """Names of the baselines, the knee and the recommended one, where they cover least of the points and each other."""
-    special = [n for n in front.points if result.models[n].kind != "pruned" or n in (front.knee, result.recommended)]
+    special = [n for n in front.points if result.models[n].kind not in MADE or n in (front.knee, result.recommended)]
     if len(front.points) <= 8:
         special = front.points
     taken: list[tuple[float, float, float]] = []
@@ -347,6 +348,6 @@ def damage_figure(key: str, one: Examined) -> Figure | None:
 
 
 def dense_first(models: Sequence[ReportModel]) -> list[ReportModel]:
-    """Baselines before what was pruned, each as they came."""
-    order = {"dense": 0, "quantised": 1, "other": 2, "pruned": 3}
+    """Baselines before what was made of the dense model, each as they came."""
+    order = {"dense": 0, "quantised": 1, "other": 2, "pruned": 3, "converted": 3}
     return sorted(models, key=lambda model: order[model.kind])

@@ -47,7 +47,8 @@ class Section:
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("sparsity", "sparsity"), ("zeros", "zeros of all"), ("bytes_disk", "bytes on disk"), ("parameters", "parameters"),
-    ("bytes_resident", "resident bytes"), ("decode_speedup", "decoding, × dense"),
+    ("active_parameters", "active parameters"), ("bytes_resident", "resident bytes"),
+    ("decode_speedup", "decoding, × dense"),
     ("sentences_speedup", "sentences/s, × dense"), ("sentences_per_second", "sentences/s"),
     ("sentences_speedup_batch_32", "sentences/s at batch 32, × dense"),
     ("sentences_per_second_batch_32", "sentences/s at batch 32"),
@@ -284,7 +285,7 @@ def shown(column: str, value: Cell) -> str:
     shares = ("sparsity", "zeros of all", "least", "most", "lost", "gained", "share", "length")
     if column in shares or column.startswith(("right,", "accuracy", "macro_f1")):
         return f"{value:.1%}"
-    if column == "parameters" or abs(value) >= 10_000:
+    if column.endswith("parameters") or abs(value) >= 10_000:
         return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.4g}"
     if column in ("perplexity", "efficiency ratio") or column.endswith("× dense"):
         return f"{value:,.2f}"

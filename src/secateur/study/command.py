@@ -1,36 +1,66 @@
-"""The command line that makes the model of one trial: a recipe and training settings said as flags"""
+"""The command line that makes the model of one trial: a recipe, a conversion and training settings said as flags"""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Collection
 from typing import Any
 
 from secateur.recipe import Recipe, is_default
+from secateur.study.conversion import Conversion
 from secateur.training import Training
+from secateur.verbs.convert import SETTINGS
+
+_ALL = tuple(entry.name for entry in dataclasses.fields(Recipe))
 
 
-def command_line(model: str, recipe: Recipe, training: Training | None, out: str, *, reads_text: bool = True) -> str:
-    """``secateur prune ... && secateur recover ...``, quoted for a shell.
+def command_line(
+    model: str, recipe: Recipe, training: Training | None, out: str, *, conversion: Conversion | None = None,
+    reads_text: bool = True,
+) -> str:  # fmt: skip
+    """``secateur prune ... && secateur recover ...``, or `convert` in the place of `prune`, quoted for a shell.
 
     Args:
+        conversion: None where the model is pruned.
         reads_text: whether the method looks at calibration text; without, flags about it would have no effect.
     """
-    pruned = out if training is None else f"{out}-pruned"
-    line = ["secateur", "prune", model, "-o", pruned, *prune_flags(recipe, reads_text=reads_text), "--no-evaluate"]
-    said = shlex.join(line)
+    made = made_folder(out, training, conversion)
+    verb, flags = "prune", prune_flags(recipe, reads_text=reads_text)
+    if conversion is not None:
+        own = prune_flags(recipe, reads_text=reads_text, only=SETTINGS)
+        verb, flags = "convert", [*convert_flags(conversion), *own]
+    said = shlex.join(["secateur", verb, model, "-o", made, *flags, "--no-evaluate"])
     if training is not None:
+        dense = ["--dense"] if conversion is not None else []  # there need be no zeros to hold
         said += " && " + shlex.join(
-            ["secateur", "recover", pruned, "-o", out, *recover_flags(training), "--no-evaluate"]
+            ["secateur", "recover", made, "-o", out, *dense, *recover_flags(training), "--no-evaluate"]
         )
     return said
 
 
-def prune_flags(recipe: Recipe, *, reads_text: bool = True) -> list[str]:
-    """The flags that differ from the defaults; how much calibration text is read is always said."""
+def made_folder(out: str, training: object, conversion: object) -> str:
+    """Where a trial prunes or converts: its own folder, or with ``training`` one beside it, which is recovered."""
+    return out if training is None else f"{out}-{'pruned' if conversion is None else 'converted'}"
+
+
+def convert_flags(conversion: Conversion) -> list[str]:
+    """``--to`` and the options; one that is true is a flag alone, as none is true by default."""
+    flags = []
+    for name, value in conversion.items():
+        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [_text(value)])]
+    return flags
+
+
+def prune_flags(recipe: Recipe, *, reads_text: bool = True, only: Collection[str] = _ALL) -> list[str]:
+    """The flags that differ from the defaults; how much calibration text is read is always said.
+
+    Args:
+        only: fields of the recipe that are said at all.
+    """
     flags: list[str] = []
     asked = recipe.method != "auto" and {*recipe.structure} != {"depth"}
-    for entry in dataclasses.fields(Recipe):
+    for entry in (entry for entry in dataclasses.fields(Recipe) if entry.name in only):
         value = getattr(recipe, entry.name)
         flag = "--" + entry.name.replace("_", "-")
         if entry.name in ("calibration", "samples", "sequence_length"):

@@ -11,8 +11,10 @@ from secateur.corpus.examples import divided
 from secateur.errors import StudyError, UnknownNameError
 from secateur.recipe import Recipe
 from secateur.study.checks import known, mapping, positive, several, text, whole
-from secateur.study.space import KEYS, NONE, Space, read_space, read_training
-from secateur.study.spec import FIXED, Data, Resources, Stop, StudySpec, means_something
+from secateur.study.conversion import unfit_for
+from secateur.study.recoveries import NONE, read_training
+from secateur.study.space import CONVERT, KEYS, Space, read_space
+from secateur.study.spec import FIXED, Data, Resources, Stop, StudySpec, looked_at, means_something
 from secateur.study.values import (
     QUALITY,
     TASKS,
@@ -214,9 +216,14 @@ def _check(spec: StudySpec, where: str) -> None:
             hint="give stop: evaluate a smaller number",
         )
     structures = {name for space in spec.spaces for name in space.structures}
+    conversions = {name: one for space in spec.spaces for name, one in space.conversions.items()}
     for key in spec.fixed:
-        if key not in KEYS and not any(means_something(key, structure) for structure in structures):
-            raise StudyError(f"{where}: fixed {key} has no meaning with structure {', '.join(sorted(structures))}",
+        meant = [means_something(key, structure) for structure in structures]
+        meant += [looked_at(key, conversion) for conversion in conversions.values()]
+        if key not in KEYS and not any(meant):
+            named = [f"structure {', '.join(sorted(structures))}"] * bool(structures)
+            named += [f"convert {', '.join(conversions)}"] * bool(conversions)
+            raise StudyError(f"{where}: fixed {key} has no meaning with {' or '.join(named)}",
                              hint="leave it out")  # fmt: skip
     if "reconstruct_options" in spec.fixed and not any({*space.reconstructs} - {NONE} for space in spec.spaces):
         raise StudyError(f"{where}: fixed reconstruct-options need reconstruct: block or half-block",
@@ -225,10 +232,20 @@ def _check(spec: StudySpec, where: str) -> None:
         for fields in space.recoveries.values():
             if spec.task == "labels" and fields is not None:
                 _check_lesson(fields, f"{where}: recovery")
+            _check_fit(spec, space, fields, where)
         if spec.sampler == "grid":
             _ = space.combinations  # a range without a step is refused
         for settings in space.grid() if spec.sampler == "grid" else _corners(space):
             spec.recipe(settings)  # a Recipe refuses what cannot be run
+
+
+def _check_fit(spec: StudySpec, space: Space, fields: Mapping[str, Any] | None, where: str) -> None:
+    """Refuse a recovery that cannot train what a conversion of its space makes."""
+    mode = "" if fields is None else str(fields.get("mode", "full"))
+    for name, conversion in space.conversions.items():
+        if why := unfit_for(mode, conversion, all_matrices=not {"targets", "ignore"} & {*spec.fixed}):
+            raise StudyError(f"{where}: recovery with mode {mode} does not suit convert {name}: {why}",
+                             hint="use mode full, or give the two spaces of their own")  # fmt: skip
 
 
 def _check_lesson(fields: Mapping[str, Any], where: str) -> None:
@@ -242,7 +259,7 @@ def _check_lesson(fields: Mapping[str, Any], where: str) -> None:
 
 def _corners(space: Space) -> Iterator[dict[str, Any]]:
     """Settings that together have every value of every list, and the ends of the ranges."""
-    for name in ("structure", "method", "unit_method", "pattern", "sparsity"):
+    for name in (CONVERT, "structure", "method", "unit_method", "pattern", "sparsity"):
         for at in range(64):
             hit = [False]
 
@@ -263,7 +280,8 @@ def _spaces(data: Any, fixed: dict[str, Any], where: str) -> tuple[Space, ...]:
     for key in fixed:
         if key not in (*KEYS, *FIXED):
             raise UnknownNameError("key of fixed", key, (*KEYS, *FIXED))
-    given = {key: value for key, value in fixed.items() if key in KEYS and key not in ("recovery", "method_options")}
+    apart = ("recovery", "method_options", CONVERT)
+    given = {key: value for key, value in fixed.items() if key in KEYS and key not in apart}
     if given.get("structure") == NONE:
         given.pop("structure")
     Recipe.from_dict(given, where=f"{where}: fixed")

@@ -20,7 +20,7 @@ from secateur.study.command import command_line
 from secateur.study.finals import measure_finalists
 from secateur.study.read import LOOKED_AT, load_study
 from secateur.study.setup import Setup, set_up, windows_folder
-from secateur.study.share import evict, pruned_name
+from secateur.study.share import evict, made_name
 from secateur.study.space import Values
 from secateur.study.spec import StudySpec
 from secateur.study.status import finalists_now, result_of, write_result
@@ -254,13 +254,13 @@ class _Run:
         return self.store.begin(settings, params, self._spans)
 
     def _drawn(self, grid: Iterator[dict[str, Any]]) -> dict[str, Any] | None:
-        """The next of the grid whose pruned model no running trial makes, as it would wait for it; None at the end."""
-        making = [_pruned_by(self._trial(number).settings) for number in self._tasks]
+        """The next of the grid whose model no running trial makes, as it would wait for it; None at the end."""
+        making = [_made_by(self._trial(number).settings) for number in self._tasks]
         for place, settings in enumerate(self._later):
-            if _pruned_by(settings) not in making:
+            if _made_by(settings) not in making:
                 return self._later.pop(place)
         for settings in grid:
-            if _pruned_by(settings) not in making:
+            if _made_by(settings) not in making:
                 return settings
             self._later.append(settings)
         return self._later.pop(0) if self._later else None
@@ -271,8 +271,9 @@ class _Run:
         task = self._task_of(trial, threads=pool.threads)
         recipe, reads_text = self.setup.recipe(trial.settings)
         command = command_line(
-            self.setup.model, recipe, self.spec.training(trial.settings), Path(task.out).name, reads_text=reads_text
-        )
+            self.setup.model, recipe, self.spec.training(trial.settings), Path(task.out).name,
+            conversion=task.conversion, reads_text=reads_text,
+        )  # fmt: skip
         if tries >= MOST_TRIES:
             how = self.store.told(number, "died") or "the process that ran it was killed"
             self._tell(number, Outcome("failed", reason=f"begun {tries} times, and each time {how}"))
@@ -285,15 +286,15 @@ class _Run:
         """What one trial is to do."""
         setup, spec = self.setup, self.spec
         recipe, _ = setup.recipe(trial.settings)
-        training = spec.training(trial.settings)
+        training, conversion = spec.training(trial.settings), spec.conversion(trial.settings)
         several = any(len(space.recoveries) > 1 for space in spec.spaces)
         name = ""
         if several and threads is not None:
-            name = str(windows_folder(spec) / pruned_name(setup.sha256, recipe, threads))
+            name = str(windows_folder(spec) / made_name(setup.sha256, recipe, conversion, threads))
         return Task(
             number=trial.number, model=setup.model, dense=str(setup.source.folder), recipe=recipe.to_dict(),
             training=None if training is None else training.to_dict(), out=str(spec.out / f"trial-{trial.number:04d}"),
-            choice=str(setup.exam("choice")), shared=name, device=setup.device,
+            choice=str(setup.exam("choice")), conversion=conversion, shared=name, device=setup.device,
             bar=dataclasses.asdict(self._bar(trial)) if bar and spec.stop is not None else None,
             load=setup.trial_load, known=self._dense, dense_right=self._dense_right, first=self._first,
         )  # fmt: skip
@@ -393,6 +394,6 @@ def told(trial: Trial, objectives: Mapping[str, Any]) -> str:
     return f"{settings}: {values}" + (" (misses a constraint)" if trial.meets is False else "")
 
 
-def _pruned_by(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a trial's settings decides which pruned model it takes."""
+def _made_by(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a trial's settings decides which pruned or converted model it takes."""
     return {name: value for name, value in settings.items() if name != "recovery"}

@@ -20,20 +20,23 @@ from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
 from secateur.engine.device import parse_dtype
 from secateur.engine.skeleton import build_skeleton
-from secateur.errors import CalibrationError, StudyError, UnsupportedModelError
+from secateur.errors import CalibrationError, SecateurError, StudyError, UnsupportedModelError
 from secateur.measure.classify import check_classifier
 from secateur.measure.texts import tokenise
 from secateur.plugins import ExpertCriterion, Method, check_chooser, make_chooser
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
+from secateur.study.conversion import Conversion
 from secateur.study.quality import save_windows
 from secateur.study.read import ACCURACY
-from secateur.study.space import NONE
+from secateur.study.recoveries import NONE
+from secateur.study.space import CONVERT
 from secateur.study.spec import StudySpec
 from secateur.study.speed import SENTENCES, Load
 from secateur.study.texts import Texts, read_examples, read_texts
 from secateur.study.values import SPEED, Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
+from secateur.verbs.convert import check_conversion, make_conversion
 from secateur.verbs.dividing import measuring_rule
 from secateur.verbs.evaluate import has_language_head
 from secateur.verbs.teacher import is_classifier
@@ -93,9 +96,9 @@ class Setup:
         return str(self.spec.fixed.get("device", "auto"))
 
     def recipe(self, settings: Mapping[str, Any]) -> tuple[Recipe, bool]:
-        """The recipe of one setting, and whether its method looks at calibration text."""
-        recipe = self.spec.recipe(settings, self.length)
-        if self._reads_text(recipe):
+        """The recipe of one setting, and whether its method or conversion looks at calibration text."""
+        recipe, conversion = self.spec.recipe(settings, self.length), self.spec.conversion(settings)
+        if self._reads_text(recipe) if conversion is None else converter(conversion).statistics:
             return recipe, True
         plain = recipe.to_dict()
         for key in ("calibration", "samples", "sequence_length", "compute_dtype", "activation_memory"):
@@ -134,7 +137,7 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
             f"{type(skeleton).__name__} has no next-token logits, so there is no perplexity to compare",
             hint="take a decoder-only language model, or give labelled texts with task: labels",
         )
-    _check_settings(spec)
+    _check_settings(spec, source)
     length = window_length(spec.data.sequence_length, skeleton, LENGTH[spec.task])
     tokenizer = load_tokenizer(source.folder)
     _check_calibration(spec, texts, tokenizer, length)
@@ -218,9 +221,24 @@ def _check_calibration(spec: StudySpec, texts: Texts, tokenizer: Any, length: in
         ) from None
 
 
-def _check_settings(spec: StudySpec) -> None:
-    """Build every method with the ends of its options, so that a refused value is known now."""
+def converter(conversion: Conversion) -> Any:
+    """The object that converts.
+
+    Raises:
+        SecateurError: for an option with a value it refuses.
+    """
+    return make_conversion(conversion["to"], {name: value for name, value in conversion.items() if name != "to"})
+
+
+def _check_settings(spec: StudySpec, source: Source) -> None:
+    """Build every method with the ends of its options, so that a refused value is known now; try every conversion."""
     for space in spec.spaces:
+        for name, conversion in space.conversions.items():
+            recipe = spec.recipe({CONVERT: name, "dtype": space.dtypes[0]})
+            try:
+                check_conversion(converter(conversion), source, recipe)
+            except SecateurError as error:
+                raise StudyError(f"convert {name}: {error.message}", hint=error.hint) from error
         for structure in space.structures:
             names = () if structure == NONE else tuple(structure.split(","))
             for method in space.methods_for(structure):
@@ -235,6 +253,8 @@ def _check_settings(spec: StudySpec) -> None:
 
 def _reach(spec: StudySpec, reader: CheckpointReader, prunable: Mapping[str, int]) -> dict[str, Reach]:
     """What the space can give at all, from the shapes and number formats in the checkpoint alone."""
+    if any(space.conversions for space in spec.spaces):
+        return {"sparsity": Reach(0.0, 1.0, ""), "accuracy": ACCURACY}  # factors and routers may even be larger
     infos = [reader.info(key) for key in reader.keys]
     numbers = [(info.numel, info.dtype) for info in infos if info.dtype.is_floating_point]
     other = sum(info.nbytes for info in infos if not info.dtype.is_floating_point)

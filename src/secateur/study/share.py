@@ -1,6 +1,6 @@
-"""Pruned models that several trials may take: made once, named by content, removed when nobody needs them
+"""Pruned or converted models that several trials may take: made once, named by content, removed when nobody needs them
 
-Nothing here changes a result. A pruned model is shared only by trials whose recipe is the same in every field;
+Nothing here changes a result. A model is shared only by trials whose recipe and conversion are the same in every field;
 statistics of calibration text are not: what a matrix sees depends on how the matrices before it were pruned.
 """
 
@@ -19,16 +19,18 @@ from secateur.checkpoint.locks import take_lock
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE
+from secateur.study.conversion import Conversion
 from secateur.study.quality import key_of
+from secateur.verbs.convert import SETTINGS, convert
 from secateur.verbs.prune import prune
 
 KEPT = 2
-"""Pruned models that stay after their last use, in case the next trial wants one."""
+"""Models that stay after their last use, in case the next trial wants one."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """A pruned model that several trials may take; ``seconds`` is what making it took, ``reused`` that it was there."""
+    """A model that several trials may take; ``seconds`` is what making it took, ``reused`` that it was there."""
 
     folder: Path
     result: Mapping[str, Any]
@@ -36,8 +38,22 @@ class Shared:
     reused: bool
 
 
-def pruned_once(folder: Path, model: str, recipe: Recipe, reporter: Reporter) -> Shared:
-    """The verified result of one recipe, pruned when it is not there yet. Who wants the same at once waits."""
+def make(
+    folder: Path, model: str, recipe: Recipe, conversion: Conversion | None, reporter: Reporter
+) -> Mapping[str, Any]:  # fmt: skip
+    """Prune or convert a model as a trial asks for it, before any recovery. Returns what its result file says."""
+    if conversion is None:
+        prune(model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
+    else:
+        settings = {name: getattr(recipe, name) for name in SETTINGS}
+        convert(model, folder, **conversion, **settings, evaluate=False, overwrite=True, reporter=reporter)
+    return _result_in(folder)
+
+
+def made_once(
+    folder: Path, model: str, recipe: Recipe, conversion: Conversion | None, reporter: Reporter
+) -> Shared:  # fmt: skip
+    """The verified result of `make`, made when it is not there yet. Who wants the same at once waits."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = None
     while lock is None:
@@ -47,23 +63,27 @@ def pruned_once(folder: Path, model: str, recipe: Recipe, reporter: Reporter) ->
         reused = (folder / RESULT_FILE).is_file() and told.is_file()
         if not reused:
             started = time.monotonic()
-            prune(model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
+            make(folder, model, recipe, conversion, reporter)
             told.write_text(repr(time.monotonic() - started), encoding="utf-8")
-        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
-        return Shared(folder, result, float(told.read_text(encoding="utf-8")), reused)
+        return Shared(folder, _result_in(folder), float(told.read_text(encoding="utf-8")), reused)
     finally:
         os.close(lock)
 
 
-def pruned_name(sha256: str, recipe: Recipe, threads: int) -> str:
-    """The folder of a shared pruned model, by everything that changes a bit of it."""
-    return f"pruned-{key_of(weights=sha256, recipe=recipe.to_dict(), threads=threads)}"
+def _result_in(folder: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+    return found
+
+
+def made_name(sha256: str, recipe: Recipe, conversion: Conversion | None, threads: int) -> str:
+    """The folder of a shared model, by everything that changes a bit of it."""
+    return f"made-{key_of(weights=sha256, recipe=recipe.to_dict(), conversion=conversion, threads=threads)}"
 
 
 def evict(shared: Path, needed: Collection[str], recent: list[str]) -> None:
     """Remove shared models but those that running trials need and the last ones that were used."""
     kept = {*needed, *recent[-KEPT:]}
-    for folder in shared.glob("pruned-*"):
+    for folder in shared.glob("made-*"):
         if folder.is_dir() and folder.name.removesuffix(".partial") not in kept:
             shutil.rmtree(folder, ignore_errors=True)
             folder.with_suffix(".seconds").unlink(missing_ok=True)

@@ -8,18 +8,21 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from secateur.errors import StudyError, UnknownNameError, UsageError
+from secateur.errors import StudyError, UnknownNameError
 from secateur.patterns import check_sparsity, parse_pattern
 from secateur.plugins import available, describe, statistics_of
 from secateur.recipe import RECONSTRUCTED, STRUCTURES, Recipe
-from secateur.training import Training
+from secateur.study.conversion import Conversion, read_conversions
+from secateur.study.recoveries import NONE, read_recoveries
 
 WEIGHTS = ("pattern", "allocation", "refit", "error_correction", "reconstruct")
 """What has a meaning only where single weights go."""
-KEYS = ("method", "sparsity", *WEIGHTS, "structure", "method_options", "recovery", "dtype")
+CONVERT = "convert"
+BESIDE = (CONVERT, "dtype", "recovery")
+"""What a space of conversions can vary."""
+KEYS = ("method", "sparsity", *WEIGHTS, "structure", "method_options", *BESIDE)
 """What a space can vary."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-NONE = "none"
 DEFAULT_SPARSITIES = (0.5,)
 
 
@@ -82,6 +85,8 @@ class Space:
     corrections: tuple[str, ...] = ()
     """Shares of the error correction, as `Recipe` takes them."""
     reconstructs: tuple[str, ...] = ()
+    conversions: Mapping[str, Conversion] = field(default_factory=dict)
+    """By name; where there are any, nothing is pruned, and there are no structures."""
 
     def methods_for(self, structure: str) -> tuple[str, ...]:
         """The methods of this space that choose what this structure removes; auto where none was named."""
@@ -90,6 +95,9 @@ class Space:
 
     def draw(self, choose: Choose) -> dict[str, Any]:
         """One setting: name -> value, of those that mean something together."""
+        if self.conversions:
+            lists = zip(BESIDE, (self.conversions, self.dtypes, self.recoveries), strict=True)
+            return {name: choose(name, Values(tuple(values))) for name, values in lists}
         structure = choose("structure", Values(self.structures))
         settings: dict[str, Any] = {"structure": structure}
         methods = self.methods_for(structure)
@@ -146,12 +154,16 @@ class Space:
             tuple(self.recoveries), self.dtypes, self.refits or (None,), self.corrections or (None,),
             self.reconstructs or (None,),
         ]  # fmt: skip
+        if self.conversions:
+            lists = [tuple(self.conversions), self.dtypes, tuple(self.recoveries)]
         lists += [values.listed for options in self.options.values() for values in options.values()]
         return math.prod(map(len, lists))
 
     @property
     def sparsities(self) -> tuple[float, float]:
-        """The least and the largest sparsity that can be drawn."""
+        """The least and the largest sparsity that can be drawn; anything where zeros stay as they are."""
+        if self.conversions:
+            return 0.0, 1.0
         implied = [parse_pattern(name).sparsity for name in self.patterns] if NONE in self.structures else []
         ends = [value for value in implied if value is not None]
         if None in implied or set(self.structures) != {NONE}:
@@ -186,6 +198,8 @@ def read_space(data: Mapping[str, Any], where: str) -> Space:
     for key in values:
         if key not in KEYS:
             raise UnknownNameError(f"key of {where}", key, KEYS)
+    if CONVERT in values:
+        return _converting(values, where)
     structures = tuple(map(_structure, _listed(values.get("structure", NONE), f"{where}: structure")))
     methods = tuple(map(str, _listed(values.get("method", []), f"{where}: method")))
     every = {name: None for structure in ("none", "ffn", "experts") for name in _methods(structure)}
@@ -207,27 +221,47 @@ def read_space(data: Mapping[str, Any], where: str) -> Space:
             if key in values:
                 raise StudyError(f"{where}: {key} has no meaning with structure {', '.join(structures)}",
                                  hint="leave it out, or add none to the structures")  # fmt: skip
-    dtypes = tuple(map(str, _listed(values.get("dtype", "auto"), f"{where}: dtype")))
-    for name in dtypes:
-        if name not in DTYPES:
-            raise UnknownNameError("dtype", name, DTYPES)
+    dtypes = _dtypes(values, where)
     if "sparsity" in values and set(structures) == {NONE} and "unstructured" not in patterns:
         raise StudyError(f"{where}: sparsity has no meaning with pattern {', '.join(patterns)}", hint="leave it out")
     space = Space(
         methods, _sparsity(values.get("sparsity", list(DEFAULT_SPARSITIES)), where), patterns, allocations, structures,
         _options(values.get("method_options") or {}, methods, where),
-        _recoveries(values.get("recovery", NONE), where), dtypes, _refits(values.get("refit", []), where),
+        read_recoveries(values.get("recovery", NONE), where), dtypes, _refits(values.get("refit", []), where),
         _corrections(values.get("error_correction", []), where),
         tuple(map(_reconstruct, _listed(values.get("reconstruct", []), f"{where}: reconstruct"))),
     )  # fmt: skip
     _check_corrections(space, where)
     for name, many in (
-        ("structure", structures), ("method", methods), ("pattern", patterns), ("dtype", dtypes),
-        ("refit", space.refits), ("error-correction", space.corrections), ("reconstruct", space.reconstructs),
+        ("structure", structures), ("method", methods), ("pattern", patterns), ("refit", space.refits),
+        ("error-correction", space.corrections), ("reconstruct", space.reconstructs),
     ):  # fmt: skip
         if len(set(many)) < len(many):
             raise StudyError(f"{where}: {name} names one twice: {', '.join(map(str, many))}")
     return space
+
+
+def _converting(values: Mapping[str, Any], where: str) -> Space:
+    """A space of conversions, in which nothing is pruned."""
+    for key in values:
+        if key not in BESIDE:
+            raise StudyError(
+                f"{where}: {key} has no meaning beside convert", hint="give conversions an entry of the space's list"
+            )
+    return Space(
+        structures=(), conversions=read_conversions(values[CONVERT], f"{where}: convert"),
+        recoveries=read_recoveries(values.get("recovery", NONE), where), dtypes=_dtypes(values, where),
+    )  # fmt: skip
+
+
+def _dtypes(values: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    found = tuple(map(str, _listed(values.get("dtype", "auto"), f"{where}: dtype")))
+    for name in found:
+        if name not in DTYPES:
+            raise UnknownNameError("dtype", name, DTYPES)
+    if len(set(found)) < len(found):
+        raise StudyError(f"{where}: dtype names one twice: {', '.join(found)}")
+    return found
 
 
 def _listed(value: Any, where: str) -> list[Any]:
@@ -348,41 +382,3 @@ def _options(data: Any, methods: tuple[str, ...], where: str) -> dict[str, dict[
                 raise UnknownNameError(f"option of method {method}", str(raw), known or ["(none)"])
             found.setdefault(method, {})[name] = read_values(values, f"{where}: option {name} of {method}")
     return found
-
-
-def _recoveries(data: Any, where: str) -> dict[str, Mapping[str, Any] | None]:
-    """Label -> settings of `recover`; the label says what differs from the defaults."""
-    found: dict[str, Mapping[str, Any] | None] = {}
-    for one in data if isinstance(data, list) else [data]:
-        if one is None or one == NONE:
-            label, fields = NONE, None
-        elif isinstance(one, Mapping):
-            fields = read_training(one, f"{where}: recovery")
-            label = ", ".join(f"{key} {value}" for key, value in fields.items()) or "defaults"
-        else:
-            raise StudyError(
-                f"{where}: recovery is {one!r}", hint="give none, or settings: {mode: full, tokens: 40960}"
-            )
-        if label in found:
-            raise StudyError(f"{where}: recovery names one twice: {label}")
-        found[label] = fields
-    return found
-
-
-def read_training(data: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings of `recover` as they were written, dashes in names as underscores.
-
-    Raises:
-        StudyError: for settings that `recover` refuses.
-        UnknownNameError: for an unknown setting; the nearest is suggested.
-    """
-    fields = {str(key).replace("-", "_"): value for key, value in data.items()}
-    try:
-        Training.from_dict(fields)
-    except TypeError as error:
-        raise StudyError(f"{where} {dict(data)} has a value of a wrong kind: {error}") from None
-    except UnknownNameError:
-        raise
-    except UsageError as error:
-        raise StudyError(f"{where}: {error.message}", hint=error.hint) from None
-    return fields

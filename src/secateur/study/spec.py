@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from secateur.recipe import LOOKED_AT, Recipe
-from secateur.study.space import NONE, WEIGHTS, Space
+from secateur.study.conversion import FIELDS, Conversion
+from secateur.study.recoveries import NONE
+from secateur.study.space import CONVERT, WEIGHTS, Space
 from secateur.study.values import Constraint, Direction, Task
 from secateur.training import Training
 
@@ -143,16 +145,19 @@ class StudySpec:
         return sum(space.combinations for space in self.spaces) - sum(1 for _ in self.grid())
 
     def recipe(self, settings: Mapping[str, Any], sequence_length: int | None = None) -> Recipe:
-        """The recipe of `secateur prune` for one setting.
+        """The recipe of `secateur prune` for one setting; of a conversion the part that `secateur convert` looks at.
 
         Raises:
             SecateurError: when it cannot be run.
         """
-        structure = settings["structure"]
         values: dict[str, Any] = {
             "calibration": self.calibration, "samples": self.data.samples, "sequence_length": sequence_length,
             "seed": self.seed,
         }  # fmt: skip
+        if (conversion := self.conversion(settings)) is not None:
+            values |= {key: value for key, value in self.fixed.items() if looked_at(key, conversion)}
+            return Recipe.from_dict({**values, "dtype": settings["dtype"]}, where="study")
+        structure = settings["structure"]
         values |= {key: settings[key] for key in ("sparsity", *WEIGHTS, "dtype") if key in settings}
         if structure != NONE:
             values["structure"] = structure
@@ -167,6 +172,11 @@ class StudySpec:
         if values.get("reconstruct", NONE) == NONE:
             values.pop("reconstruct_options", None)
         return Recipe.from_dict(values, where="study")
+
+    def conversion(self, settings: Mapping[str, Any]) -> Conversion | None:
+        """The conversion of one setting; None where it prunes."""
+        name = str(settings.get(CONVERT))
+        return next((space.conversions[name] for space in self.spaces if name in space.conversions), None)
 
     def training(self, settings: Mapping[str, Any]) -> Training | None:
         """The settings of `secateur recover` for one setting; None without recovery."""
@@ -195,3 +205,8 @@ def means_something(key: str, structure: str) -> bool:
     if key in LOOKED_AT:
         return bool(names & {*LOOKED_AT[key]})
     return key in FIXED and {**dict.fromkeys(SINGLE, structure == NONE), "depth_by": "depth" in names}.get(key, True)
+
+
+def looked_at(key: str, conversion: Conversion) -> bool:
+    """Whether a conversion looks at a fixed field; blocks that share their weights do so as a whole."""
+    return key in FIELDS and not (conversion["to"] == "shared" and key in ("targets", "ignore"))

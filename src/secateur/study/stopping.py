@@ -60,7 +60,7 @@ def limits_of(
 
 
 def hopeless(bar: Bar, nll: float, known: Mapping[str, float | None]) -> str:
-    """Why a pruned model is given up; empty when it is not.
+    """Why a model is given up; empty when it is not.
 
     It is given up when its perplexity, or share of wrong texts, on the first part is more than ``factor`` times what a
     constraint allows, or that of a complete trial which is no worse in every other objective. With other objectives

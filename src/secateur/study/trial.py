@@ -1,4 +1,4 @@
-"""One trial, in whatever process it runs: prune, look whether it is hopeless, recover, measure"""
+"""One trial, in whatever process it runs: prune or convert, look whether it is hopeless, recover, measure"""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ from typing import Any, Literal
 from secateur.errors import Interrupted, SecateurError
 from secateur.progress import Recorder, Reporter
 from secateur.recipe import Recipe
-from secateur.result import RESULT_FILE
+from secateur.study.command import made_folder
 from secateur.study.flops import measure_flops
 from secateur.study.quality import difference, measuring
-from secateur.study.share import link_copy, pruned_once
+from secateur.study.share import link_copy, made_once, make
 from secateur.study.speed import Load, trial_speed
 from secateur.study.stopping import Bar, exp, hopeless
 from secateur.training import Training
-from secateur.verbs.prune import prune
 from secateur.verbs.recover import recover
 
 
@@ -40,8 +39,10 @@ class Task:
     """Folder of the model that is made."""
     choice: str
     """File of the texts that trials are compared on."""
+    conversion: Mapping[str, Any] | None = None
+    """``to`` and options of `convert`, which looks at a part of the recipe; None where the model is pruned."""
     shared: str = ""
-    """Folder of the pruned model, where another trial may want the same; empty where none does."""
+    """Folder of the pruned or converted model, where another trial may want the same; empty where none does."""
     device: str = "auto"
     bar: Mapping[str, Any] | None = None
     load: Load | None = None
@@ -76,7 +77,7 @@ class Outcome:
     proxy: float | None = None
     """Perplexity on the first windows, or the share of wrong texts in the first."""
     shared_seconds: float = 0.0
-    """What was saved by taking a pruned model that was there."""
+    """What was saved by taking a pruned or converted model that was there."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -113,40 +114,42 @@ def run_trial(task: Task, reporter: Reporter | None = None) -> Outcome:
 
 def remove_models(task: Task) -> None:
     """Remove what a trial has made of its own."""
-    for name in (task.out, f"{task.out}-pruned"):
+    for name in (task.out, f"{task.out}-pruned", f"{task.out}-converted"):
         for folder in (Path(name), Path(f"{name}.partial")):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_model(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     """Make the model of a trial again, as it was made before; nothing is measured."""
-    pruned = _prune(task, outcome, recorder)
-    _finish(task, pruned, recorder)
+    made, _ = _make(task, outcome, recorder)
+    _finish(task, made, recorder)
 
 
 def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
-    pruned = _prune(task, outcome, recorder)
+    made, of_use = _make(task, outcome, recorder)
     # Recovery changes neither shapes nor zeros, so operations are known already.
-    counted, outcome.missing = measure_flops(pruned, {} if task.recipe["structure"] else outcome.sparsity)
+    counted, outcome.missing = measure_flops(made, {} if task.recipe["structure"] else outcome.sparsity)
     outcome.values |= counted
     bar = None if task.bar is None else Bar(**task.bar)
     opened = functools.partial(
         measuring, texts=Path(task.choice), first=task.first, device=task.device, reporter=recorder
     )
     # More text brings a language model back from far away. A classifier says little before it is recovered: what is
-    # twice as bad as chance does not exist.
-    late = task.training is None or (bar is not None and bar.labels)
-    folder = _finish(task, pruned, recorder) if late else pruned
+    # twice as bad as chance does not exist. And some conversions are of no use at all before they are trained.
+    # What they are after it is no bar for those that are looked at before.
+    late = task.training is None or not of_use or (bar is not None and bar.labels)
+    folder = _finish(task, made, recorder) if late else made
     measured = opened(folder)
     if bar is not None:
         badness = measured.first()
-        outcome.proxy = outcome.values[_proxy(task)] = _number(exp(badness))
+        outcome.values[_proxy(task)] = _number(exp(badness))
+        outcome.proxy = outcome.values[_proxy(task)] if of_use or task.training is None else None
         if reason := hopeless(bar, badness, outcome.values):
             outcome.state, outcome.reason = "stopped", reason
             return
     if not late:
-        del measured  # the pruned model makes room for its recovery
-        folder = _finish(task, pruned, recorder)
+        del measured  # the model makes room for its recovery
+        folder = _finish(task, made, recorder)
         measured = opened(folder)
     found = measured.all()
     outcome.values |= found.values
@@ -168,35 +171,41 @@ def _proxy(task: Task) -> str:
     return "proxy_error" if task.choice.endswith(".jsonl") else "proxy_perplexity"
 
 
-def _prune(task: Task, outcome: Outcome, recorder: Recorder) -> Path:
-    """The pruned model: shared, or this trial's own; what was counted goes into the outcome."""
+def _make(task: Task, outcome: Outcome, recorder: Recorder) -> tuple[Path, bool]:
+    """The pruned or converted model, shared or this trial's own; what was counted goes into the outcome.
+
+    Returns:
+        Its folder, and whether it is of any use before it is trained.
+    """
     recipe = Recipe.from_dict(task.recipe)
     if task.shared:
-        shared = pruned_once(Path(task.shared), task.model, recipe, recorder)
+        shared = made_once(Path(task.shared), task.model, recipe, task.conversion, recorder)
         folder, result = shared.folder, shared.result
         outcome.shared_seconds = shared.seconds if shared.reused else 0.0
     else:
-        folder = Path(task.out if task.training is None else f"{task.out}-pruned")
-        prune(task.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=recorder)
-        result = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
+        folder = Path(made_folder(task.out, task.training, task.conversion))
+        result = make(folder, task.model, recipe, task.conversion, recorder)
     after = result["after"]
     outcome.values |= {name: after[name] for name in ("bytes_disk", "parameters", "nonzero")}
-    outcome.values["sparsity"] = result["sparsity"]
-    outcome.sparsity = {matrix["name"]: matrix["sparsity"] for matrix in result["matrices"]}
-    return folder
+    # A conversion puts other numbers where the weights were: what counts is how many of those are zero.
+    outcome.values["sparsity"] = after["sparsity"] if task.conversion is not None else result["sparsity"]
+    if task.conversion is None:
+        outcome.sparsity = {matrix["name"]: matrix["sparsity"] for matrix in result["matrices"]}
+    return folder, not result.get("needs_training", False)
 
 
-def _finish(task: Task, pruned: Path, recorder: Recorder) -> Path:
+def _finish(task: Task, made: Path, recorder: Recorder) -> Path:
     """The model of the trial in its own folder, recovered when that is asked for."""
     out = Path(task.out)
     if task.training is not None:
         settings = Training.from_dict(task.training)
-        recover(pruned, out, settings=settings, evaluate=False, overwrite=True, reporter=recorder)
+        dense = task.conversion is not None
+        recover(made, out, settings=settings, dense=dense, evaluate=False, overwrite=True, reporter=recorder)
         if not task.shared:
-            shutil.rmtree(pruned, ignore_errors=True)
-    elif pruned != out:
+            shutil.rmtree(made, ignore_errors=True)
+    elif made != out:
         shutil.rmtree(out, ignore_errors=True)
-        link_copy(pruned, out)
+        link_copy(made, out)
     return out
 
 

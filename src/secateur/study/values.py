@@ -46,7 +46,7 @@ SPEED = ("decode_tokens_per_second", "sentences_per_second", "sentences_per_seco
          "joules_per_thousand_sentences")  # fmt: skip
 """What is measured by running a model for its time or energy, and only when it is asked for."""
 COSTLY = (*QUALITY, *SPEED, "seconds")
-"""What is not known yet when a model was pruned and its size counted."""
+"""What is not known yet when a model was made and its size counted."""
 
 
 def read_objectives(data: Any, task: Task = "language") -> dict[str, Direction]:

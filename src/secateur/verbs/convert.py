@@ -14,7 +14,7 @@ import torch
 from secateur.checkpoint.folder import OutputFolder
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.reader import CheckpointReader
-from secateur.checkpoint.source import open_source, places_of
+from secateur.checkpoint.source import Source, open_source, places_of
 from secateur.conversions.factorized import Factorized
 from secateur.conversions.fused import Fused
 from secateur.conversions.moe import Moe
@@ -105,9 +105,7 @@ def convert(
         OutputFolder(out, overwrite=overwrite, resume=resume, sources=named)  # refuse before anything is fetched
         source = open_source(base or model, reporter=recorder)
         folder = OutputFolder(out, overwrite=overwrite, resume=resume, sources=[source.folder, *named])
-        fewer = isinstance(conversion, Shared) and conversion.iterations is not None
-        spec = shared_spec(source) if fewer else None
-        opened = open_model(source, recipe, recorder, stack, converted=fewer)
+        opened, spec = _open(conversion, source, recipe, recorder, stack)
         if evaluate and not delta:
             text = None if data == "builtin" else data
             tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, opened.model, recorder)
@@ -164,6 +162,17 @@ def convert(
     return result
 
 
+def check_conversion(conversion: Conversion, source: Source, recipe: Recipe) -> None:
+    """Refuse what `convert` would refuse of this model before it writes; no text is read, and nothing is said.
+
+    Raises:
+        SecateurError: with the reason.
+    """
+    with ExitStack() as stack:
+        opened, spec = _open(conversion, source, recipe, Reporter(), stack)
+        _prepare(conversion, source.folder, opened, Calibration(protocol={}), spec, Reporter(), stack)
+
+
 def make_conversion(to: str | Conversion, options: Mapping[str, Any]) -> Conversion:
     """A conversion from its name and options.
 
@@ -177,6 +186,15 @@ def make_conversion(to: str | Conversion, options: Mapping[str, Any]) -> Convers
         return to
     made: Conversion = build(load_class("conversions", to, "conversion"), options, f"conversion {to}")
     return made
+
+
+def _open(
+    conversion: Conversion, source: Source, recipe: Recipe, reporter: Reporter, stack: ExitStack
+) -> tuple[Opened, Spec | None]:
+    """The model, and the layers that it has already where the conversion wants some."""
+    fewer = isinstance(conversion, Shared) and conversion.iterations is not None
+    spec = shared_spec(source) if fewer else None
+    return open_model(source, recipe, reporter, stack, converted=fewer), spec
 
 
 def _prepare(
