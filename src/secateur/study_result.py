@@ -49,8 +49,8 @@ class Trial(Plain):
     @property
     def setting(self) -> str:
         """What distinguishes it, in a few words."""
-        left_out = ("none", "auto", "unstructured", "uniform", "", None)
-        plain = ("method", "pattern", "structure", "convert", "dtype", "recovery", "sparsity")
+        left_out = ("none", "auto", "unstructured", "uniform", "hf", "", None)
+        plain = ("method", "pattern", "structure", "convert", "dtype", "format", "recovery", "sparsity")
         words = [
             str(value) if name in plain else f"{name.replace('_', ' ')} {value}"
             for name, value in self.settings.items() if value not in left_out

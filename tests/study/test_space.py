@@ -206,3 +206,35 @@ def test_bad_spaces_are_refused(case):
         study(**changes)
     assert words in raised.value.message + raised.value.hint
     assert raised.value.exit_code == 2
+
+
+def test_how_a_model_is_stored_is_drawn_last_and_only_where_it_is_asked():
+    assert "format" not in grid(sparsity=0.5)[0]
+    found = grid(sparsity=[0.5, 0.7], format=["hf", "sparse-8"])
+    assert [(one["sparsity"], one["format"]) for one in found] == [
+        (0.5, "hf"), (0.5, "sparse-8"), (0.7, "hf"), (0.7, "sparse-8"),
+    ]  # fmt: skip
+    spec = study(space={"sparsity": 0.5, "recovery": ["none", {"tokens": 64}], "format": ["hf", "sparse-4"]})
+    assert [(one["recovery"], one["format"]) for one in spec.grid()] == [
+        ("none", "hf"), ("none", "sparse-4"), ("tokens 64", "hf"), ("tokens 64", "sparse-4"),
+    ]  # fmt: skip
+    assert len({str(spec.recipe(one)) for one in spec.grid()}) == 1
+    assert spec.skipped == 0
+
+
+@pytest.mark.parametrize(
+    ("space", "words"),
+    [
+        ({"format": "sparse8"}, "sparse-8"),
+        ({"format": ["sparse-8", "sparse-8"]}, "names one twice"),
+        ({"structure": "ffn", "format": "sparse-16"}, "leaves none"),
+        (
+            {"convert": {"to": "factorized", "budget": "parameters=0.8"}, "format": "sparse-8"},
+            "no meaning beside convert",
+        ),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(space, words):
+    with pytest.raises(SecateurError) as caught:
+        study(space=space)
+    assert words in f"{caught.value} {caught.value.hint}"

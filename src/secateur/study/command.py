@@ -9,6 +9,8 @@ from typing import Any
 
 from secateur.recipe import Recipe, is_default
 from secateur.study.conversion import Conversion
+from secateur.study.recoveries import NONE
+from secateur.study.storing import BITS, HF, export_command, unstored_folder
 from secateur.training import Training
 from secateur.verbs.convert import SETTINGS
 
@@ -17,15 +19,18 @@ _ALL = tuple(entry.name for entry in dataclasses.fields(Recipe))
 
 def command_line(
     model: str, recipe: Recipe, training: Training | None, out: str, *, conversion: Conversion | None = None,
-    reads_text: bool = True,
+    reads_text: bool = True, format: str = HF,
 ) -> str:  # fmt: skip
-    """``secateur prune ... && secateur recover ...``, or `convert` in the place of `prune`, quoted for a shell.
+    """``secateur prune ... && secateur recover ... && secateur export ...``, or `convert` in the place of `prune`,
+    quoted for a shell.
 
     Args:
         conversion: None where the model is pruned.
         reads_text: whether the method looks at calibration text; without, flags about it would have no effect.
+        format: how the result is stored.
     """
-    made = made_folder(out, training, conversion)
+    whole = unstored_folder(out, format)
+    made = made_folder(whole, training, conversion)
     verb, flags = "prune", prune_flags(recipe, reads_text=reads_text)
     if conversion is not None:
         own = prune_flags(recipe, reads_text=reads_text, only=SETTINGS)
@@ -34,8 +39,10 @@ def command_line(
     if training is not None:
         dense = ["--dense"] if conversion is not None else []  # there need be no zeros to hold
         said += " && " + shlex.join(
-            ["secateur", "recover", made, "-o", out, *dense, *recover_flags(training), "--no-evaluate"]
+            ["secateur", "recover", made, "-o", whole, *dense, *recover_flags(training), "--no-evaluate"]
         )
+    if format in BITS:
+        said += " && " + export_command(out, format, ",".join(recipe.structure) or NONE)
     return said
 
 

@@ -26,6 +26,7 @@ from secateur.study.spec import StudySpec
 from secateur.study.status import finalists_now, result_of, write_result
 from secateur.study.stopping import Bar, limits_of
 from secateur.study.store import MOST_TRIES, Store, import_optuna
+from secateur.study.storing import HF
 from secateur.study.trial import Outcome, Task, remove_models
 from secateur.study.values import COSTLY, QUALITY, check_constraints, meets, violations
 from secateur.study.workers import Cluster, Died, Inline, Pool, Processes, import_ray
@@ -272,7 +273,7 @@ class _Run:
         recipe, reads_text = self.setup.recipe(trial.settings)
         command = command_line(
             self.setup.model, recipe, self.spec.training(trial.settings), Path(task.out).name,
-            conversion=task.conversion, reads_text=reads_text,
+            conversion=task.conversion, reads_text=reads_text, format=task.format,
         )  # fmt: skip
         if tries >= MOST_TRIES:
             how = self.store.told(number, "died") or "the process that ran it was killed"
@@ -287,14 +288,15 @@ class _Run:
         setup, spec = self.setup, self.spec
         recipe, _ = setup.recipe(trial.settings)
         training, conversion = spec.training(trial.settings), spec.conversion(trial.settings)
-        several = any(len(space.recoveries) > 1 for space in spec.spaces)
+        several = any(max(len(space.recoveries), len(space.formats)) > 1 for space in spec.spaces)
         name = ""
         if several and threads is not None:
             name = str(windows_folder(spec) / made_name(setup.sha256, recipe, conversion, threads))
         return Task(
             number=trial.number, model=setup.model, dense=str(setup.source.folder), recipe=recipe.to_dict(),
             training=None if training is None else training.to_dict(), out=str(spec.out / f"trial-{trial.number:04d}"),
-            choice=str(setup.exam("choice")), conversion=conversion, shared=name, device=setup.device,
+            choice=str(setup.exam("choice")), conversion=conversion, shared=name,
+            format=trial.settings.get("format", HF), device=setup.device,
             bar=dataclasses.asdict(self._bar(trial)) if bar and spec.stop is not None else None,
             load=setup.trial_load, known=self._dense, dense_right=self._dense_right, first=self._first,
         )  # fmt: skip
@@ -306,7 +308,7 @@ class _Run:
         rivals = []
         for other in self.store.trials():
             proxy = self.store.told(other.number, "proxy")
-            if other.state == "complete" and proxy and other.settings["recovery"] == trial.settings["recovery"]:
+            if other.state == "complete" and proxy and _finished_as(other) == _finished_as(trial):
                 known = {name: other.values.get(name) for name in others if name not in COSTLY}
                 rivals.append({"number": other.number, "proxy": proxy, "others": known})
         return Bar(
@@ -394,6 +396,11 @@ def told(trial: Trial, objectives: Mapping[str, Any]) -> str:
     return f"{settings}: {values}" + (" (misses a constraint)" if trial.meets is False else "")
 
 
+def _finished_as(trial: Trial) -> tuple[Any, Any]:
+    """What becomes of a model after it was pruned: what is looked at first is comparable where this is the same."""
+    return trial.settings["recovery"], trial.settings.get("format", HF)
+
+
 def _made_by(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What of a trial's settings decides which pruned or converted model it takes."""
-    return {name: value for name, value in settings.items() if name != "recovery"}
+    return {name: value for name, value in settings.items() if name not in ("recovery", "format")}

@@ -21,7 +21,7 @@ from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE
 from secateur.study.conversion import Conversion
 from secateur.study.quality import key_of
-from secateur.verbs.convert import SETTINGS, convert
+from secateur.verbs.convert import DRAWING, SETTINGS, convert
 from secateur.verbs.prune import prune
 
 KEPT = 2
@@ -45,7 +45,8 @@ def make(
     if conversion is None:
         prune(model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
     else:
-        settings = {name: getattr(recipe, name) for name in SETTINGS}
+        unread = set() if conversion["to"] in DRAWING else {"seed"}
+        settings = {name: getattr(recipe, name) for name in SETTINGS if name not in unread}
         convert(model, folder, **conversion, **settings, evaluate=False, overwrite=True, reporter=reporter)
     return _result_in(folder)
 

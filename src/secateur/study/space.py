@@ -14,13 +14,14 @@ from secateur.plugins import available, describe, statistics_of
 from secateur.recipe import RECONSTRUCTED, STRUCTURES, Recipe
 from secateur.study.conversion import Conversion, read_conversions
 from secateur.study.recoveries import NONE, read_recoveries
+from secateur.study.storing import read_formats
 
 WEIGHTS = ("pattern", "allocation", "refit", "error_correction", "reconstruct")
 """What has a meaning only where single weights go."""
 CONVERT = "convert"
 BESIDE = (CONVERT, "dtype", "recovery")
 """What a space of conversions can vary."""
-KEYS = ("method", "sparsity", *WEIGHTS, "structure", "method_options", *BESIDE)
+KEYS = ("method", "sparsity", *WEIGHTS, "structure", "method_options", "format", *BESIDE)
 """What a space can vary."""
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITIES = (0.5,)
@@ -85,6 +86,8 @@ class Space:
     corrections: tuple[str, ...] = ()
     """Shares of the error correction, as `Recipe` takes them."""
     reconstructs: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    """How models are stored; empty for ordinary folders."""
     conversions: Mapping[str, Conversion] = field(default_factory=dict)
     """By name; where there are any, nothing is pruned, and there are no structures."""
 
@@ -124,6 +127,8 @@ class Space:
         settings["dtype"] = choose("dtype", Values(self.dtypes))
         # Last, so that a grid tries all recoveries of one pruned model in a row, and can prune it once.
         settings["recovery"] = choose("recovery", Values(tuple(self.recoveries)))
+        if self.formats:
+            settings["format"] = choose("format", Values(self.formats))
         return settings
 
     def grid(self) -> Iterator[dict[str, Any]]:
@@ -152,7 +157,7 @@ class Space:
         lists: list[tuple[Any, ...]] = [
             self.methods or ("auto",), self.sparsity.listed, self.patterns, self.allocations, self.structures,
             tuple(self.recoveries), self.dtypes, self.refits or (None,), self.corrections or (None,),
-            self.reconstructs or (None,),
+            self.reconstructs or (None,), self.formats or (None,),
         ]  # fmt: skip
         if self.conversions:
             lists = [tuple(self.conversions), self.dtypes, tuple(self.recoveries)]
@@ -230,6 +235,7 @@ def read_space(data: Mapping[str, Any], where: str) -> Space:
         read_recoveries(values.get("recovery", NONE), where), dtypes, _refits(values.get("refit", []), where),
         _corrections(values.get("error_correction", []), where),
         tuple(map(_reconstruct, _listed(values.get("reconstruct", []), f"{where}: reconstruct"))),
+        read_formats(_listed(values.get("format", []), f"{where}: format"), structures, where),
     )  # fmt: skip
     _check_corrections(space, where)
     for name, many in (

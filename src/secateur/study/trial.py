@@ -18,9 +18,11 @@ from secateur.recipe import Recipe
 from secateur.study.command import made_folder
 from secateur.study.flops import measure_flops
 from secateur.study.quality import difference, measuring
+from secateur.study.recoveries import NONE
 from secateur.study.share import link_copy, made_once, make
 from secateur.study.speed import Load, trial_speed
 from secateur.study.stopping import Bar, exp, hopeless
+from secateur.study.storing import BITS, HF, stored, unstored_folder
 from secateur.training import Training
 from secateur.verbs.recover import recover
 
@@ -39,6 +41,8 @@ class Task:
     """Folder of the model that is made."""
     choice: str
     """File of the texts that trials are compared on."""
+    format: str = HF
+    """How the model is stored, one of `FORMATS`."""
     conversion: Mapping[str, Any] | None = None
     """``to`` and options of `convert`, which looks at a part of the recipe; None where the model is pruned."""
     shared: str = ""
@@ -114,7 +118,8 @@ def run_trial(task: Task, reporter: Reporter | None = None) -> Outcome:
 
 def remove_models(task: Task) -> None:
     """Remove what a trial has made of its own."""
-    for name in (task.out, f"{task.out}-pruned", f"{task.out}-converted"):
+    whole = unstored_folder(task.out, task.format)
+    for name in dict.fromkeys((task.out, whole, f"{whole}-pruned", f"{whole}-converted")):
         for folder in (Path(name), Path(f"{name}.partial")):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -122,7 +127,7 @@ def remove_models(task: Task) -> None:
 def make_model(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     """Make the model of a trial again, as it was made before; nothing is measured."""
     made, _ = _make(task, outcome, recorder)
-    _finish(task, made, recorder)
+    _finish(task, made, outcome, recorder)
 
 
 def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
@@ -138,7 +143,7 @@ def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     # twice as bad as chance does not exist. And some conversions are of no use at all before they are trained.
     # What they are after it is no bar for those that are looked at before.
     late = task.training is None or not of_use or (bar is not None and bar.labels)
-    folder = _finish(task, made, recorder) if late else made
+    folder = _finish(task, made, outcome, recorder) if late else made
     measured = opened(folder)
     if bar is not None:
         badness = measured.first()
@@ -149,7 +154,7 @@ def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
             return
     if not late:
         del measured  # the model makes room for its recovery
-        folder = _finish(task, made, recorder)
+        folder = _finish(task, made, outcome, recorder)
         measured = opened(folder)
     found = measured.all()
     outcome.values |= found.values
@@ -183,10 +188,12 @@ def _make(task: Task, outcome: Outcome, recorder: Recorder) -> tuple[Path, bool]
         folder, result = shared.folder, shared.result
         outcome.shared_seconds = shared.seconds if shared.reused else 0.0
     else:
-        folder = Path(made_folder(task.out, task.training, task.conversion))
+        folder = Path(made_folder(unstored_folder(task.out, task.format), task.training, task.conversion))
         result = make(folder, task.model, recipe, task.conversion, recorder)
     after = result["after"]
     outcome.values |= {name: after[name] for name in ("bytes_disk", "parameters", "nonzero")}
+    if task.format in BITS:
+        del outcome.values["bytes_disk"]  # not those of the file that is measured: known once that is written
     # A conversion puts other numbers where the weights were: what counts is how many of those are zero.
     outcome.values["sparsity"] = after["sparsity"] if task.conversion is not None else result["sparsity"]
     if task.conversion is None:
@@ -194,9 +201,9 @@ def _make(task: Task, outcome: Outcome, recorder: Recorder) -> tuple[Path, bool]
     return folder, not result.get("needs_training", False)
 
 
-def _finish(task: Task, made: Path, recorder: Recorder) -> Path:
-    """The model of the trial in its own folder, recovered when that is asked for."""
-    out = Path(task.out)
+def _finish(task: Task, made: Path, outcome: Outcome, recorder: Recorder) -> Path:
+    """The model of the trial in its own folder, recovered and stored in few bits when that is asked for."""
+    out = Path(unstored_folder(task.out, task.format))
     if task.training is not None:
         settings = Training.from_dict(task.training)
         dense = task.conversion is not None
@@ -206,7 +213,10 @@ def _finish(task: Task, made: Path, recorder: Recorder) -> Path:
     elif made != out:
         shutil.rmtree(out, ignore_errors=True)
         link_copy(made, out)
-    return out
+    if task.format in BITS:
+        structure = ",".join(task.recipe["structure"]) or NONE
+        outcome.values["bytes_disk"] = stored(out, Path(task.out), task.format, structure, recorder)
+    return Path(task.out)
 
 
 def _number(value: float) -> float | None:

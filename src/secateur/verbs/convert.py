@@ -45,6 +45,8 @@ Conversion = Factorized | Fused | Moe | Shared
 SETTINGS = ("targets", "ignore", "calibration", "samples", "sequence_length", "seed", "device", "dtype",
             "compute_dtype", "activation_memory")  # fmt: skip
 """Fields of a recipe that a conversion looks at."""
+DRAWING = (Moe.name,)
+"""Conversions that draw something at random, and look at the seed."""
 
 
 def convert(
@@ -91,7 +93,7 @@ def convert(
     seeded = "seed" in settings
     recipe = Recipe.from_dict({name: settings.pop(name) for name in SETTINGS if name in settings}, where="convert")
     conversion = make_conversion(to, settings)
-    if seeded and not isinstance(conversion, Moe):
+    if seeded and conversion.name not in DRAWING:
         recorder.warn(f"--seed has no effect: conversion {conversion.name} draws nothing at random")
     if evaluate:
         read_files(files)

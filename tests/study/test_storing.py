@@ -1,0 +1,79 @@
+"""Models of a study in the sparse format: what is measured is what is on the disk, and the command makes it again."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+import secateur
+from secateur.cli.app import main
+from secateur.study.run import run_study
+from tests.study.studies import link_to, write_model_and_texts, write_study
+
+RECOVERY = {"mode": "full", "tokens": 128, "sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """One real study of zeros and of fewer neurons, in ordinary folders and in few bits."""
+    root = write_model_and_texts(tmp_path_factory.mktemp("texts"))
+    folder = link_to(tmp_path_factory.mktemp("storing"), root)
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SECATEUR_CACHE", str(root / "cache"))
+        patch.setattr("secateur.study.share.prune", functools.partial(secateur.prune, verify=False))
+        patch.setattr("secateur.study.trial.recover", functools.partial(secateur.recover, verify=False))
+        patch.setattr("secateur.study.storing.export", functools.partial(secateur.export, verify=False))
+        path = write_study(
+            folder,
+            space=[
+                {"method": "wanda", "sparsity": 0.5, "recovery": ["none", RECOVERY],
+                 "format": ["hf", "sparse-16", "sparse-8"]},
+                {"structure": "ffn", "sparsity": 0.3, "format": ["hf", "sparse-8"]},
+            ],
+            fixed={"round-to": 8}, objectives={"perplexity": "minimize", "bytes_disk": "minimize"},
+            stop={"evaluate": 2, "factor": 50}, keep="all", finalists=2,
+        )  # fmt: skip
+        yield folder, run_study(path)
+
+
+def weights(folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.safetensors"))}
+
+
+def test_all_come_to_their_end_and_leave_one_folder_each(real):
+    folder, result = real
+    assert [trial.state for trial in result.trials] == ["complete"] * 8, [trial.reason for trial in result.trials]
+    formats = [trial.settings["format"] for trial in result.trials]
+    assert formats == ["hf", "sparse-16", "sparse-8"] * 2 + ["hf", "sparse-8"]
+    assert [path.name for path in sorted((folder / "tiny").glob("trial-*"))] == [f"trial-{n:04d}" for n in range(8)]
+    assert result.spent["shared_models"] == 6  # pruned once for six trials, and once for two
+
+
+def test_bytes_and_perplexity_are_those_of_the_packed_file(real):
+    folder, result = real
+    for trial in result.trials:
+        assert trial.values["bytes_disk"] == sum(map(len, weights(trial.out).values()))
+        found = secateur.evaluate(trial.out, data=folder / "choice.txt", sequence_length=32, max_samples=6)
+        assert trial.values["perplexity"] == pytest.approx(found.perplexity, rel=1e-5)
+    plain, half, eight, *_, narrow, rounded = (trial.values for trial in result.trials)
+    assert eight["bytes_disk"] < half["bytes_disk"] < plain["bytes_disk"]
+    assert rounded["bytes_disk"] < narrow["bytes_disk"] < plain["bytes_disk"]
+    for name in ("parameters", "nonzero", "sparsity", "flops_per_token"):  # what is in the model, not how it is stored
+        assert eight[name] == half[name] == plain[name]
+
+
+@pytest.mark.parametrize("number", [2, 5, 7])
+def test_the_printed_command_makes_the_same_bytes(number, real, tmp_path, monkeypatch, capsys):
+    _, result = real
+    trial = result.trials[number]
+    monkeypatch.chdir(tmp_path)
+    assert ("--force" in trial.command) == (number == 7)
+    for part in trial.command.split(" && "):
+        words = shlex.split(part)
+        assert main([*words[1:], "--no-verify", "--quiet"]) == 0, capsys.readouterr().err
+    assert weights(str(tmp_path / f"trial-000{number}")) == weights(trial.out)
