@@ -15,7 +15,7 @@ from secateur.engine.opening import open_checkpoint
 from secateur.engine.permute import FreeChannels, permuted
 from secateur.engine.skeleton import tensors_of
 from secateur.patterns import Pattern
-from secateur.structured.free_channels import Found, _of_block, find_free_channels
+from secateur.structured.free_channels import Found, find_free_channels, try_block
 from tests.models import calibration_for, save_tiny, tiny_model
 
 
@@ -99,6 +99,14 @@ def test_what_is_left_is_told_with_its_reason(tmp_path: Path) -> None:
     assert "heads of 8 values" in found.left["self_attn.o_proj"]
 
 
+def test_experts_that_no_token_came_to_are_told(tmp_path: Path) -> None:
+    found = found_in(save_tiny(tmp_path / "model", "switch"), Pattern(2, 4))
+    unseen = {name for name, reason in found.left.items() if "no token" in reason}
+    assert unseen
+    assert all(".experts." in name for name in unseen)
+    assert any(".experts." in consumer for consumer in found.consumers)
+
+
 class Block(nn.Module):
     """A feed-forward network on a residual stream, with something that the order of its neurons may hang on."""
 
@@ -136,6 +144,6 @@ def test_neurons_whose_order_something_else_knows_are_not_free(kind: str) -> Non
     call: tuple[tuple[Any, ...], dict[str, Any]] = (torch.randn(1, 12, 8),), {"shared": {}}
     tensors = {name: tensor.detach() for name, tensor in tensors_of(module, block.name).items()}
     with torch.no_grad():
-        found = _of_block(block, module, model, call, tensors)
+        found = try_block(block, module, model, call, tensors).free
     assert [free.consumer for free in found] == (["layers.0.down.weight"] if kind == "plain" else [])
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in tensors_of(module, block.name).items())

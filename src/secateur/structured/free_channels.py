@@ -35,6 +35,7 @@ from secateur.structured.explore import Call, visit_blocks
 from secateur.structured.observer import Observer
 
 NO_OTHER = "no other order of their inputs is exact"
+NOT_REACHED = "no token of the trial came to them"
 
 
 @dataclass
@@ -72,24 +73,25 @@ def find_free_channels(
     Raises:
         UnsupportedModelError: when the model cannot be run block by block.
     """
-    seen: dict[object, tuple[Block, list[FreeChannels]]] = {}
+    seen: dict[object, Tried] = {}
 
     def visit(block: Block, module: nn.Module, call: Call, tensors: dict[str, Tensor]) -> None:
-        seen[signature(block, model)] = block, _of_block(block, module, model, call, tensors)
+        seen[signature(block, model)] = try_block(block, module, model, call, tensors)
 
     visit_blocks(model, structure, binding, reader, visit)
     found, wanted, ties = Found(), set(names), tied_names(model)
     tied = {*ties, *ties.values()}
     for block in structure.blocks:
-        first, every = seen.get(signature(block, model), (block, []))
-        mine = {one.consumer: one for one in (_renamed(free, first.name, block.name) for free in every)}
+        tried = seen.get(signature(block, model), Tried(block, set(), []))
+        mine = {one.consumer: one for one in (_renamed(free, tried.block.name, block.name) for free in tried.free)}
         for matrix in block.matrices:
             if matrix.name not in wanted:
                 continue
-            free = mine.get(matrix.name)
+            free, inside = mine.get(matrix.name), matrix.name.removeprefix(f"{block.name}.")
             reason = _obstacle(matrix, free, block, binding, tied, pattern)
             if reason:
-                found.left[matrix.name.removeprefix(f"{block.name}.").removesuffix(".weight")] = reason
+                unseen = reason == NO_OTHER and f"{tried.block.name}.{inside}" not in tried.reached
+                found.left[inside.removesuffix(".weight")] = NOT_REACHED if unseen else reason
             elif free is not None:
                 found.free.setdefault(block.index, []).append(free)
     return found
@@ -115,10 +117,20 @@ def _obstacle(
     return ""
 
 
-def _of_block(
+@dataclass(frozen=True)
+class Tried:
+    """What was found in a block."""
+
+    block: Block
+    reached: set[str]
+    """Names of the matrices that got tokens."""
+    free: list[FreeChannels]
+
+
+def try_block(
     block: Block, module: nn.Module, model: nn.Module, call: Call, tensors: Mapping[str, Tensor]
-) -> list[FreeChannels]:
-    """The free channels of one block on random weights, each tried."""
+) -> Tried:  # fmt: skip
+    """The free channels of one block, each seen to be so; its weights are random."""
 
     def run() -> Any:
         args, kwargs = copied_call(*call)
@@ -132,7 +144,7 @@ def _of_block(
             if _exact(free, module, model, call, tensors, whole):
                 found.append(free)
                 break
-    return found
+    return Tried(block, {matrix.name for matrix in observer.reached}, found)
 
 
 def _exact(
