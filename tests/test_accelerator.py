@@ -67,6 +67,14 @@ def _alike(cpu: dict[str, torch.Tensor], other: dict[str, torch.Tensor], *, mask
         assert float((tensor - found)[same].abs().float().mean()) <= 0.05 * size, key
 
 
+def test_inputs_are_put_in_another_order_on_it_too(models: dict[str, Path], tmp_path: Path) -> None:
+    settings = {**FLOAT32, "verify": True, "calibration": LONG, "method": "wanda", "pattern": "2:4", "permute": True}
+    result = secateur.prune(models["llama"], tmp_path / "out", device=_device(), **settings)
+    shares = [one.saliency_kept for one in result.matrices if one.saliency_kept is not None]
+    assert len(shares) == 4
+    assert all(after > before for before, after in shares)
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("method", [name for name in plugins.available("methods") if name != "random"])
 def test_methods(method: str, pattern: str, models: dict[str, Path], tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from secateur.recipe_values import checked
 DEFAULT_SPARSITY = 0.5
 DEFAULT_SAMPLES = 128
 DEFAULT_SEQUENCE_LENGTH = 2048
+DEFAULT_PERMUTE = False
 STRUCTURES = ("depth", "ffn", "kv-groups", "heads", "experts", "hidden")
 """What --structure can remove."""
 BUDGET_STRUCTURES = ("depth", "ffn", "kv-groups", "heads")
@@ -63,6 +64,9 @@ class Recipe:
     """Share of the weights that become zero (0.5; for N:M the pattern says it)."""
     pattern: str = "unstructured"
     """unstructured, or N:M to keep N of every M consecutive inputs."""
+    permute: bool | None = None
+    """With N:M: first put inputs whose order is free (neurons; values within a head) in the order in which the pattern
+    keeps most. The dense model computes the same then. Default: off."""
     structure: tuple[str, ...] = ()
     """Remove whole units, not single weights: depth, ffn, kv-groups, heads, experts, hidden; several by commas.
     heads,hidden removes heads together with hidden channels, where a config knows no size of a head."""
@@ -130,6 +134,8 @@ class Recipe:
         pattern = parse_pattern(self.pattern)
         self._check_structure()
         self._resolve()
+        if self.permute and pattern.unstructured:
+            raise RecipeError("permute needs an N:M pattern", hint="give --pattern 2:4, or leave it out")
         if self.sparsity is not None:
             check_sparsity(self.sparsity)
             implied = pattern.sparsity
@@ -250,8 +256,8 @@ class Recipe:
         """
         units = {*self.structure} - {"depth"}
         single = (
-            "pattern", "refit", "error_correction", "bits", "group_size", "allocation", "allocation_options",
-            "targets", "ignore", "overrides",
+            "pattern", "permute", "refit", "error_correction", "bits", "group_size", "allocation",
+            "allocation_options", "targets", "ignore", "overrides",
         )  # fmt: skip
         for name in names:
             if name == "depth_by" and not {"depth", "auto"} & {*self.structure}:
@@ -302,6 +308,11 @@ class Recipe:
     @property
     def parsed_pattern(self) -> Pattern:
         return parse_pattern(self.pattern)
+
+    @property
+    def permutes(self) -> bool:
+        """Whether inputs whose order is free are put in another one first."""
+        return not self.parsed_pattern.unstructured and (DEFAULT_PERMUTE if self.permute is None else self.permute)
 
     @property
     def effective_sparsity(self) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 from secateur.errors import RecipeError
 
 NONE_IS_DEFAULT = {
-    "samples", "sequence_length", "sparsity", "budget", "refit", "error_correction", "bits", "group_size",
+    "samples", "sequence_length", "sparsity", "budget", "refit", "permute", "error_correction", "bits",
+    "group_size",
 }  # fmt: skip
 """Keys whose default depends on the rest of the recipe, or on the model."""
 _STRINGS = {"method", "budget", "depth_by", "pattern", "reconstruct", "allocation", "calibration", "device", "dtype"}
@@ -41,7 +42,7 @@ def checked(key: str, value: Any, where: str) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise refuse("a number in [0, 1)")
         return float(value)
-    elif key in {"update", "refit"}:
+    elif key in {"update", "refit", "permute"}:
         if not isinstance(value, bool):
             raise refuse("true or false")
     elif key == "structure":

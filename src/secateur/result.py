@@ -126,6 +126,11 @@ class PrunedMatrix(Plain):
     """``loss`` before the kept weights were rounded to few bits; None where they were not."""
     beta: float | None = None
     """Share of the correction of earlier errors that was taken; None without one."""
+    order: list[int] | None = None
+    """For each input its number in the source, where inputs were put in another order first."""
+    saliency_kept: list[float] | None = None
+    """Share of the saliency that the pattern keeps in the source's order of the inputs and in the one that was chosen;
+    None where none was searched."""
     held_out_error: list[float] | None = None
     """Relative squared error of the outputs of its block on calibration data held out, before and after the block was
     reconstructed; None where it was not. ``loss`` is that before."""

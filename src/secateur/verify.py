@@ -9,8 +9,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Expected:
     """Folder of the dense model: what was not pruned must be the same there, byte for byte."""
     origin: Mapping[str, str] | None = None
     """Checkpoint key -> key in the source; None when they are the same and none is left out."""
+    moved: Mapping[str, Sequence[tuple[int, torch.Tensor]]] = field(default_factory=dict)
+    """Checkpoint key -> dimensions along which it has another order than the source, and the order."""
 
 
 def verify(folder: Path, expected: Expected, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def verify(folder: Path, expected: Expected, reporter: Reporter | None = None) -
     checked["bytes"] = sum((folder / name).stat().st_size for name in expected.shards)
     checked["zeros"] = _check_zeros(folder, expected)
     if expected.source is not None:
-        checked["tensors_unchanged"] = _check_copies(folder, expected.source, expected.zeros, expected.origin)
+        checked["tensors_unchanged"] = _check_copies(folder, expected.source, expected)
     if expected.inputs is not None and expected.output is not None:
         answer, loader = _fresh_output(folder, expected.inputs, reporter or Reporter())
         checked["loader"] = loader
@@ -107,18 +109,23 @@ def _check_zeros(folder: Path, expected: Expected) -> int:
     return total
 
 
-def _check_copies(folder: Path, source: Path, pruned: Container[str], origin: Mapping[str, str] | None) -> int:
+def _check_copies(folder: Path, source: Path, expected: Expected) -> int:
     """Compare every tensor that was not pruned with the source's; where the number format changed, by value."""
-    same = 0
+    same, origin = 0, expected.origin
     whole = CheckpointReader(source) if origin is None else CheckpointView(source, origin)
     with whole as dense, CheckpointReader(folder) as made:
         if set(dense.keys) != set(made.keys):
             raise VerificationError(f"{folder} does not hold the tensors of {source}")
         for key in made.keys:
-            if key in pruned:
+            if key in expected.zeros:
                 continue
             dtype = made.info(key).dtype
-            if dtype == dense.info(key).dtype:
+            if key in expected.moved:
+                theirs = dense.tensor(key)
+                for dim, order in expected.moved[key]:
+                    theirs = theirs.index_select(dim, order)
+                equal = torch.equal(made.tensor(key), theirs.to(dtype))
+            elif dtype == dense.info(key).dtype:
                 pairs = zip(made.chunks(key), dense.chunks(key), strict=True)
                 equal = all(torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)) for ours, theirs in pairs)
             else:

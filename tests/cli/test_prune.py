@@ -63,6 +63,7 @@ FLAGS = {
     "method_options": (["--method-option", "block-size=64", "--method-option", "damping=0.1"], None),
     "sparsity": (["--sparsity", "0.25"], 0.25),
     "pattern": (["--pattern", "2:4"], "2:4"),
+    "permute": (["--pattern", "2:4", "--permute"], True),
     "structure": (["--structure", "ffn,heads"], ("ffn", "heads")),
     "budget": (["--budget", "parameters=0.8"], "parameters=0.8"),
     "depth_by": (["--structure", "depth", "--depth-by", "influence"], "influence"),
@@ -93,6 +94,7 @@ FLAGS = {
 BESIDE = {
     "depth_by": {"structure": ("depth",)}, "round_to": {"structure": ("ffn",)}, "update": {"structure": ("ffn",)},
     "reconstruct_options": {"reconstruct": "block"}, "group_size": {"bits": 8},
+    "permute": {"pattern": "2:4"},
 }  # fmt: skip
 """What must be set for a field to have a meaning."""
 
@@ -137,6 +139,7 @@ def test_a_flag_wins_over_the_recipe_file(run, pruning, tmp_path, field):
         "depth_by": "angular",
         "round_to": 99,
         "update": True,
+        "permute": False,
         "refit": True,
         "error_correction": 0.25,
         "reconstruct": "block",

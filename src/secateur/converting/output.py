@@ -187,6 +187,9 @@ class Nowhere:
     def copy(self, key: str) -> None:
         pass
 
+    def move(self, key: str, tensor: torch.Tensor) -> None:
+        pass
+
     def finish(self, index: int, matrices: list[PrunedMatrix]) -> None:
         pass
 

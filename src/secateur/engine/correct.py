@@ -148,7 +148,9 @@ class CorrectingSolver(Solver):
             drift = Drift(spec.in_features, self._stream.device, held_out=self._beta is None)
             self._drifts[id(statistics)] = statistics, drift
         self._stream.store.unpark(dense.watcher)
+        order = self._stream.orders.get(event.name)
         with torch._C.DisableTorchFunction():
+            kept = kept if order is None else kept.index_select(-1, order.to(kept.device))
             self._drifts[id(statistics)][1].update(event.input, kept, held_out=held)
         self._stream.store.park(dense.watcher)
 

@@ -78,6 +78,9 @@ class NoSink:
     def copy(self, key: str) -> None:
         raise NotImplementedError
 
+    def move(self, key: str, tensor: torch.Tensor) -> None:
+        raise NotImplementedError
+
     def finish(self, index: int, matrices: list[PrunedMatrix]) -> None:
         raise NotImplementedError
 

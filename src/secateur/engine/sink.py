@@ -74,6 +74,10 @@ class CheckpointSink:
         """Put one tensor of the source in its place: byte for byte, unless the result has another number format."""
         self._writer.copy(self._source, key)
 
+    def move(self, key: str, tensor: torch.Tensor) -> None:
+        """Put one tensor in its place that is the source's in another order: it counts as not pruned."""
+        self._writer.write(key, tensor)
+
     def finish(self, index: int, matrices: list[PrunedMatrix]) -> None:
         """Note a block as done, once its tensors are safe on the disk."""
         self._writer.sync()

@@ -27,6 +27,12 @@ from secateur.result import PrunedMatrix
 Inputs = Mapping[str, torch.Tensor]
 
 
+class Observes(Protocol):
+    """Looks at the inputs of matrices."""
+
+    def observe(self, lane: Lane, event: AtMatrix) -> None: ...
+
+
 class BlockSink(Protocol):
     """Where finished blocks go, and where a resumed run finds them again."""
 
@@ -44,6 +50,9 @@ class BlockSink(Protocol):
 
     def copy(self, key: str) -> None:
         """Put one tensor of the source in its place as it is."""
+
+    def move(self, key: str, tensor: torch.Tensor) -> None:
+        """Put one tensor in its place that is the source's in another order."""
 
     def finish(self, index: int, matrices: list[PrunedMatrix]) -> None:
         """All tensors of a block are written."""
@@ -83,6 +92,8 @@ class BlockStream:
         self._written: set[str] = set()
         self._buffers: dict[str, torch.Tensor] = {}
         """Those that no file holds."""
+        self.orders: dict[str, torch.Tensor] = {}
+        """Matrix of the block at hand -> the order in which its inputs are, (in,), where it is not the source's."""
         self.result_binding = self.binding
         """Keys of the result and the tensors they make; another one where the result is another model."""
 
@@ -252,7 +263,7 @@ class BlockStream:
         """Whether some matrix is solved by what a block that is not pruned yet hands it."""
         return any(sees_dense_block(self.method, target.pattern) for target in self.plan.targets.values())
 
-    def _observe_dense(self, block: Block, lanes: Sequence[Lane], solver: Solver) -> None:
+    def _observe_dense(self, block: Block, lanes: Sequence[Lane], solver: Observes) -> None:
         """A forward through the block as it is, for the statistics alone; the lanes stay where they are."""
         module = self.model.get_submodule(block.name)
         for lane in lanes:

@@ -6,8 +6,8 @@ for N:M the lowest of every M consecutive inputs. A row or column of zeros has s
 ``--refit`` they are solved anew.
 
 O(r·c) time, O(c) statistics. Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large
-Language Models", 2024, eq. 4. The channel permutation of that paper is left out: it changes which weights may stay
-together, and the stored model would need a gather before each matrix.
+Language Models", 2024, eq. 4. The channel permutation of that paper is no part of the method: ``--permute`` does it
+for every method where it can be folded into the stored model; elsewhere a gather before each matrix would be needed.
 """
 
 from __future__ import annotations

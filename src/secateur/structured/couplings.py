@@ -137,7 +137,7 @@ def find_couplings(
     observer = Observer(block, module, run)
     found: list[Coupling] = []
     for consumer in observer.reached:
-        neurons = _neurons(observer, consumer, tensors)
+        neurons = neurons_of(observer, consumer, tensors)
         if neurons is not None:
             found.append(neurons)
         elif observer.mixing(consumer):
@@ -173,7 +173,7 @@ def _of_siblings(
     return list(made.values())
 
 
-def _neurons(observer: Observer, consumer: MatrixSpec, tensors: Mapping[str, Tensor]) -> Coupling | None:
+def neurons_of(observer: Observer, consumer: MatrixSpec, tensors: Mapping[str, Tensor]) -> Coupling | None:
     """Units of one column each, fed by the rows of the same number, or of two halves, or of pairs side by side."""
     width = consumer.in_features
     number = torch.arange(width)
@@ -186,13 +186,13 @@ def _neurons(observer: Observer, consumer: MatrixSpec, tensors: Mapping[str, Ten
     feeding: list[MatrixSpec] = []
     for producer in observer.reaching(consumer):
         for rows in layouts.get(producer.out_features // width, []) if producer.out_features % width == 0 else []:
-            if _feeds(observer, producer, rows, consumer, columns, spreads=False) is not None:
-                cuts += _cuts_of(producer, rows, tensors)
+            if feeds(observer, producer, rows, consumer, columns, spreads=False) is not None:
+                cuts += cuts_of(producer, rows, tensors)
                 feeding.append(producer)
                 break
     if not cuts or not observer.feed_all_of(feeding, consumer):
         return None
-    return Coupling("ffn", consumer.name, columns, (_consumer_cut(consumer, columns), *cuts))
+    return Coupling("ffn", consumer.name, columns, (consumer_cut(consumer, columns), *cuts))
 
 
 def _attention(observer: Observer, consumer: MatrixSpec, tensors: Mapping[str, Tensor], config: Any) -> list[Coupling]:
@@ -208,13 +208,13 @@ def _attention(observer: Observer, consumer: MatrixSpec, tensors: Mapping[str, T
             continue
         found = []
         if by_group and heads.groups > 1:
-            cuts = (_consumer_cut(consumer, columns), *by_group)
+            cuts = (consumer_cut(consumer, columns), *by_group)
             found.append(Coupling("kv-groups", consumer.name, columns, cuts, parts, heads, norms=norms))
         if heads.each > 1:
             columns = number.reshape(heads.query, -1)
             by_head, norms, _, _ = _fed_by(observer, consumer, columns, heads, tensors, _head_rows)
             if by_head:
-                cuts = (_consumer_cut(consumer, columns), *by_head)
+                cuts = (consumer_cut(consumer, columns), *by_head)
                 found.append(Coupling("heads", consumer.name, columns, cuts, heads.groups, heads, norms=norms))
         if found:
             return found
@@ -235,13 +235,13 @@ def _fed_by(
     spread, most = False, 1
     for producer in observer.reaching(consumer):
         for rows, parts in layouts(producer.out_features, heads):
-            fed = _feeds(observer, producer, rows, consumer, columns, spreads=True)
+            fed = feeds(observer, producer, rows, consumer, columns, spreads=True)
             norm = observer.norms.get(producer.name) if fed is None else None
             if norm is not None:
-                fed = _feeds(observer, producer, rows, consumer, columns, spreads=True, past_norms=True)
+                fed = feeds(observer, producer, rows, consumer, columns, spreads=True, past_norms=True)
             if fed is not None:
                 spread, most = spread | fed, max(most, parts)
-                own = _cuts_of(producer, rows, tensors)
+                own = cuts_of(producer, rows, tensors)
                 cuts += own
                 if norm is not None:
                     cuts.append(Cut(norm.weight, 0, rows))
@@ -278,7 +278,7 @@ def _head_rows(out_features: int, heads: Heads) -> Iterator[tuple[Tensor, int]]:
         yield number.reshape(k, each + 2, d)[:, :each].reshape(heads.query, d), 1
 
 
-def _feeds(
+def feeds(
     observer: Observer, producer: MatrixSpec, rows: Tensor, consumer: MatrixSpec, columns: Tensor, *, spreads: bool,
     past_norms: bool = False,
 ) -> bool | None:  # fmt: skip
@@ -304,11 +304,12 @@ def _feeds(
     return None if others and not spreads else others
 
 
-def _consumer_cut(consumer: MatrixSpec, columns: Tensor) -> Cut:
+def consumer_cut(consumer: MatrixSpec, columns: Tensor) -> Cut:
+    """The columns of a matrix."""
     return Cut(consumer.name, 0 if consumer.transposed else 1, columns)
 
 
-def _cuts_of(producer: MatrixSpec, rows: Tensor, tensors: Mapping[str, Tensor]) -> Sequence[Cut]:
+def cuts_of(producer: MatrixSpec, rows: Tensor, tensors: Mapping[str, Tensor]) -> Sequence[Cut]:
     """The rows of a matrix and of its bias."""
     cuts = [Cut(producer.name, 1 if producer.transposed else 0, rows)]
     bias = f"{producer.module}.bias"

@@ -49,6 +49,9 @@ class Discard:
     def copy(self, key: str) -> None:
         return
 
+    def move(self, key: str, tensor: Tensor) -> None:
+        return
+
     def finish(self, index: int, matrices: list[PrunedMatrix]) -> None:
         return
 

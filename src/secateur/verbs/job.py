@@ -26,6 +26,7 @@ from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
 from secateur.engine.forward import probe_inputs, rehearse, runs_in
 from secateur.engine.opening import open_checkpoint
+from secateur.engine.permute import FreeChannels, moved_keys
 from secateur.engine.plan import Plan, make_plan, plan_globally
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.skeleton import build_skeleton
@@ -54,6 +55,7 @@ from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.choices import Choices, check_gradients, choose_channels, gradient_scores
 from secateur.verbs.dividing import divide
 from secateur.verbs.fingerprint import config_digest, fingerprint
+from secateur.verbs.ordering import free_channels
 from secateur.verbs.shape import Model, Shape, plan_shape
 from secateur.verbs.streams import check_correction, check_reconstruction, make_stream, reconstruction
 from secateur.verify import Expected
@@ -82,6 +84,8 @@ class Job:
     """What goes, when whole units do."""
     choices: Choices = field(default_factory=Choices)
     """What is decided for the whole model when the work starts."""
+    free: Mapping[int, Sequence[FreeChannels]] = field(default_factory=dict)
+    """By block: inputs that are put in another order first."""
     calibration_read: bool = True
     """Whether the calibration data were needed, be it only to choose what goes."""
     calibration_protocol: dict[str, Any] = field(default_factory=dict)
@@ -227,6 +231,7 @@ def prepare(
         check_finite(reader, reporter)
         divided = divide(recipe, source, opened, plan, calibrated, device, compute, reporter, resumed)
         plan = make_plan(recipe, structure, divided) if divided else plan
+    free = free_channels(recipe, opened, plan, reporter) if recipe.permutes else {}
     calibration = Calibration(protocol={"calibration": "none: the method needs no data"})
     if _needs_data(method, recipe):
         calibration = calibrated()
@@ -244,7 +249,8 @@ def prepare(
         plan_globally(plan, method, recipe, structure, lambda name: binding.load([name], reader)[name])
     return Job(
         source, recipe, method, opened.skeleton, opened.structure, opened.reader, opened.binding, plan, calibration,
-        device, compute, dtype, digest, prunable, shape, calibration_read=read, calibration_protocol=protocol,
+        device, compute, dtype, digest, prunable, shape, free=free,
+        calibration_read=read, calibration_protocol=protocol,
     )  # fmt: skip
 
 
@@ -296,7 +302,8 @@ def write(job: Job, partial: Path, resume: bool, reporter: Recorder) -> Written:
     _write_config(job, partial)
     whole = job.result_reader
     origin = whole.origin if isinstance(whole, CheckpointView) else None
-    return Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe, job.source.folder, origin))
+    moved = moved_keys(job.free, result.matrices, job.binding, job.reader)
+    return Written(result.matrices, Expected(shards, sink.zeros, probe, result.probe, job.source.folder, origin, moved))
 
 
 def _choose(job: Job, scratch: Path, reporter: Reporter) -> None:

@@ -43,7 +43,13 @@ from secateur.verbs.job import prepare, write
 from secateur.verbs.memory import as_source, take_over
 from secateur.verbs.provenance import peak_rss_bytes, provenance, versions
 from secateur.verbs.sides import check_measurable, measure_sides
-from secateur.verbs.verdict import correction_sentences, reconstruction_sentences, refit_sentences, rounding_sentences
+from secateur.verbs.verdict import (
+    correction_sentences,
+    permutation_sentences,
+    reconstruction_sentences,
+    refit_sentences,
+    rounding_sentences,
+)
 from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
@@ -174,6 +180,7 @@ def prune(
                 *sides.verdict,
                 *combination_sentences(recipe),
                 *allocation_sentences(written.matrices, recipe),
+                *permutation_sentences(written.matrices),
                 *refit_sentences(written.matrices, recipe.refit),
                 *rounding_sentences(written.matrices, recipe.bits, recipe.columns_of_scale),
                 *correction_sentences(written.matrices),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from secateur.engine.activations import ActivationStore
 from secateur.engine.blocks import find_structure
 from secateur.engine.correct import CorrectingStream
 from secateur.engine.forward import Stored
+from secateur.engine.permute import Permuting
 from secateur.engine.reconstruct import CorrectingReconstructingStream, ReconstructingStream, Reconstruction
 from secateur.engine.sink import CheckpointSink
 from secateur.engine.stream import BlockStream
@@ -60,6 +62,26 @@ def make_stream(job: Job, sink: CheckpointSink, store: ActivationStore, reporter
     return ReconstructingUnitStream(**common, teacher=job.reader, reconstruction=trained, halves=halves)
 
 
+@dataclass
+class PermutingStream(Permuting):
+    """A pruning stream that puts inputs in another order first."""
+
+
+@dataclass
+class PermutingCorrectingStream(Permuting, CorrectingStream):
+    """The same, correcting errors matrix by matrix."""
+
+
+@dataclass
+class PermutingReconstructingStream(Permuting, ReconstructingStream):
+    """The same, reconstructing blocks."""
+
+
+@dataclass
+class PermutingCorrectingReconstructingStream(Permuting, CorrectingReconstructingStream):
+    """The same, with both."""
+
+
 def _weights(job: Job, method: Method, sink: CheckpointSink, store: ActivationStore, reporter: Reporter) -> BlockStream:
     """The stream that prunes single weights."""
     common: dict[str, Any] = {
@@ -68,13 +90,29 @@ def _weights(job: Job, method: Method, sink: CheckpointSink, store: ActivationSt
         "seed": job.recipe.seed, "reporter": reporter,
     }  # fmt: skip
     share, trained = job.recipe.correction, reconstruction(job.recipe)
-    beta = share if isinstance(share, float) else None
-    if trained is None:
-        if share == "off":
-            return BlockStream(**common)
-        return CorrectingStream(**common, teacher=job.reader, beta=beta)
-    common |= {"teacher": job.reader, "reconstruction": trained, "halves": job.recipe.reconstruct == "half-block"}
-    return ReconstructingStream(**common) if share == "off" else CorrectingReconstructingStream(**common, beta=beta)
+    permuting, correcting = bool(job.free), share != "off"
+    if permuting:
+        common |= {"free": job.free}
+    if correcting:
+        common |= {"beta": share if isinstance(share, float) else None}
+    if correcting or trained is not None:
+        common |= {"teacher": job.reader}
+    if trained is not None:
+        common |= {"reconstruction": trained, "halves": job.recipe.reconstruct == "half-block"}
+    return _STREAMS[permuting, correcting, trained is not None](**common)
+
+
+_STREAMS: dict[tuple[bool, bool, bool], type[BlockStream]] = {
+    (False, False, False): BlockStream,
+    (False, True, False): CorrectingStream,
+    (False, False, True): ReconstructingStream,
+    (False, True, True): CorrectingReconstructingStream,
+    (True, False, False): PermutingStream,
+    (True, True, False): PermutingCorrectingStream,
+    (True, False, True): PermutingReconstructingStream,
+    (True, True, True): PermutingCorrectingReconstructingStream,
+}
+"""By what a stream does: permute, correct, reconstruct."""
 
 
 def reconstruction(recipe: Recipe) -> Reconstruction | None:
