@@ -27,7 +27,7 @@ import _reference
 
 BLOCK = ["--reconstruct", "block", *(f"--reconstruct-option={given}" for given in ("passes=6", "learning_rate=1e-3"))]
 RUNS: dict[str, list[str]] = {
-    "ffn obs": ["--structure", "ffn", "--sparsity", "0.1875"],
+    "ffn obs": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "obs"],
     "ffn flap": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "flap"],
     "ffn wanda": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "wanda"],
     "ffn wanda block": ["--structure", "ffn", "--sparsity", "0.1875", "--method", "wanda", *BLOCK],

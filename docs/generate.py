@@ -309,6 +309,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "two_pass",
             "structured",
             "smaller",
+            "conversions",
             "baselines",
             "noise",
             "recovery",

@@ -55,12 +55,15 @@ def write_allocation(path: Path, found: AllocationFile) -> None:
 
 
 def is_allocation_file(path: str | Path) -> bool:
-    """Whether a file is written like an allocation, under any ending: a study, YAML as well, names no matrices."""
+    """Whether a file is one, or is YAML and no study: `allocate` writes YAML under any ending, and a study has a space."""
     try:
         with Path(path).open("rb") as stream:
-            return any(line.startswith((b"format:", b"matrices:")) for line in stream.read(1 << 20).splitlines())
+            lines = stream.read(1 << 20).splitlines()
     except OSError:
         return False  # told by who reads it
+    if any(line.startswith((b"format:", b"matrices:")) for line in lines):
+        return True
+    return Path(path).suffix in (".yaml", ".yml") and not any(line.startswith(b"space:") for line in lines)
 
 
 def read_allocation(path: str | Path) -> AllocationFile:
