@@ -12,6 +12,8 @@ import torch
 import secateur
 from secateur.cli.app import main
 from secateur.study.run import run_study
+from tests.study.labelled import write_model_and_splits
+from tests.study.labelled import write_study as labelled_study
 from tests.study.studies import link_to, write_model_and_texts, write_study
 
 RECOVERY = {"mode": "full", "tokens": 128, "sequence_length": 32}
@@ -77,3 +79,23 @@ def test_the_printed_command_makes_the_same_bytes(number, real, tmp_path, monkey
         words = shlex.split(part)
         assert main([*words[1:], "--no-verify", "--quiet"]) == 0, capsys.readouterr().err
     assert weights(str(tmp_path / f"trial-000{number}")) == weights(trial.out)
+
+
+def test_a_classifier_in_few_bits_is_read_as_it_is_stored(tmp_path, monkeypatch):
+    """An encoder that keeps fewer neurons, in 8 bits: there are no zeros to leave out."""
+    folder = write_model_and_splits(tmp_path)
+    monkeypatch.setenv("SECATEUR_CACHE", str(folder / "cache"))
+    for module in ("share", "baselines"):
+        monkeypatch.setattr(f"secateur.study.{module}.prune", functools.partial(secateur.prune, verify=False))
+    for module in ("trial", "base"):
+        monkeypatch.setattr(f"secateur.study.{module}.recover", functools.partial(secateur.recover, verify=False))
+    monkeypatch.setattr("secateur.study.storing.export", functools.partial(secateur.export, verify=False))
+    path = labelled_study(
+        folder, space={"structure": "ffn", "sparsity": 0.3, "format": ["hf", "sparse-8"]}, fixed={"round-to": 8},
+        objectives={"accuracy": "maximize", "bytes_disk": "minimize"}, keep="all", finalists=2, speed="asked",
+    )  # fmt: skip
+    plain, rounded = run_study(path).trials
+    assert (plain.state, rounded.state) == ("complete", "complete"), (plain.reason, rounded.reason)
+    assert rounded.values["bytes_disk"] == sum(map(len, weights(rounded.out).values())) < plain.values["bytes_disk"]
+    found = secateur.evaluate(rounded.out, files=[folder / "tiny-dev.jsonl"])
+    assert rounded.values["accuracy"] == pytest.approx(next(iter(found.accuracy.values())))
