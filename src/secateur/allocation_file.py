@@ -55,7 +55,7 @@ def write_allocation(path: Path, found: AllocationFile) -> None:
 
 
 def is_allocation_file(path: str | Path) -> bool:
-    """Whether a file is one, or is YAML and no study: `allocate` writes YAML under any ending, and a study has a space."""
+    """Whether a file is one, or YAML that is no study: `allocate` writes YAML under any ending, a study has a space."""
     try:
         with Path(path).open("rb") as stream:
             lines = stream.read(1 << 20).splitlines()
