@@ -75,6 +75,8 @@ class EvaluateResult(Plain):
     nll_stderr: float | None = None
     tokens: int | None = None
     tokens_per_second: float | None = None
+    expert_usage: dict[str, list[float]] = field(default_factory=dict)
+    """Layer with a router that conversions or adapters have put in -> share of the tokens that chose each expert."""
     accuracy: dict[str, float] = field(default_factory=dict)
     accuracy_stderr: dict[str, float] = field(default_factory=dict)
     accuracy_interval: dict[str, list[float]] = field(default_factory=dict)
@@ -105,6 +107,8 @@ class Measured(Plain):
     bytes_resident: int | None = None
     decode_tokens_per_second: float | None = None
     accuracy: dict[str, float] = field(default_factory=dict)
+    expert_usage: dict[str, list[float]] = field(default_factory=dict)
+    """Layer with a router -> share of the tokens that chose each expert."""
     continuation: str | None = None
 
 

@@ -29,7 +29,7 @@ def real(tmp_path_factory):
         patch.setenv("SECATEUR_CACHE", str(root / "cache"))
         patch.setattr("secateur.study.share.prune", functools.partial(secateur.prune, verify=False))
         patch.setattr("secateur.study.trial.recover", functools.partial(secateur.recover, verify=False))
-        patch.setattr("secateur.study.storing.export", functools.partial(secateur.export, verify=False))
+        patch.setattr("secateur.study.trial.export", functools.partial(secateur.export, verify=False))
         path = write_study(
             folder,
             space=[
@@ -89,7 +89,7 @@ def test_a_classifier_in_few_bits_is_read_as_it_is_stored(tmp_path, monkeypatch)
         monkeypatch.setattr(f"secateur.study.{module}.prune", functools.partial(secateur.prune, verify=False))
     for module in ("trial", "base"):
         monkeypatch.setattr(f"secateur.study.{module}.recover", functools.partial(secateur.recover, verify=False))
-    monkeypatch.setattr("secateur.study.storing.export", functools.partial(secateur.export, verify=False))
+    monkeypatch.setattr("secateur.study.trial.export", functools.partial(secateur.export, verify=False))
     path = labelled_study(
         folder, space={"structure": "ffn", "sparsity": 0.3, "format": ["hf", "sparse-8"]}, fixed={"round-to": 8},
         objectives={"accuracy": "maximize", "bytes_disk": "minimize"}, keep="all", finalists=2, speed="asked",

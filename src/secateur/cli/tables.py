@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.cli.usage_table import usage_table
 from secateur.plugins import Description
 from secateur.result import (
     AllocateResult,
@@ -106,6 +107,7 @@ def converted(result: ConvertResult) -> RenderableType:
     parts: list[RenderableType] = [comparison(columns), Text()]
     told = [(title, measured.continuation) for title, measured in columns if measured.continuation is not None]
     parts += [_labelled(title, text) for title, text in told] + [Text()] * bool(told)
+    parts += _usage(result.after.expert_usage)
     parts += [Text(sentence) for sentence in result.verdict]
     return Group(*parts, _where(result))
 
@@ -238,7 +240,11 @@ def evaluated(result: EvaluateResult) -> RenderableType:
         for name, value in values.items():
             rows.append((f"{title}, {name}", with_interval(form(value), intervals.get(name), form)))
     protocol = [(f"  {key}", str(value)) for key, value in result.protocol.items()]
-    return Group(_facts(rows), Text("protocol", style="bold"), _facts(protocol))
+    return Group(_facts(rows), *_usage(result.expert_usage), Text("protocol", style="bold"), _facts(protocol))
+
+
+def _usage(usage: Mapping[str, Sequence[float]]) -> list[RenderableType]:
+    return [usage_table(usage), Text()] if usage else []
 
 
 def recovered(result: RecoverResult) -> RenderableType:
@@ -263,8 +269,8 @@ def recovered(result: RecoverResult) -> RenderableType:
     verified = "verified" if result.verified else "not verified"
     end = f"{result.out} ({verified}; {result.seconds:.1f} s, at most {megabytes(result.peak_rss_bytes)} of memory)"
     return Group(
-        comparison(columns), Text(), facts, Text(), *(Text(sentence) for sentence in result.verdict),
-        Text(end, style="bold"),
+        comparison(columns), Text(), facts, Text(), *_usage(result.after.expert_usage),
+        *(Text(sentence) for sentence in result.verdict), Text(end, style="bold"),
     )  # fmt: skip
 
 

@@ -66,6 +66,15 @@ class AdapterMoe(nn.Module):
         best, index = logits.topk(self.top, dim=1)
         return torch.zeros_like(logits).scatter(1, index, best.softmax(dim=1))
 
+    @property
+    def chooses(self) -> bool:
+        """Whether some experts are left out."""
+        return self.top < self.experts
+
+    def chosen(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which experts each token goes through, (tokens, experts) bool."""
+        return self.route(rows) > 0
+
     def _expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         return F.linear(F.gelu(F.linear(rows, self.down[expert])), self.up[expert])
 

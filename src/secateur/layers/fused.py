@@ -63,6 +63,16 @@ class Fused(nn.Module):
                     added = added.index_add(0, chosen, part.to(added.dtype))
         return y + added.reshape(y.shape)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether some experts are left out."""
+        return self.router is not None and self.top < len(self.up)
+
+    def chosen(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which experts each token goes through, (tokens, models) bool."""
+        assert self.router is not None
+        return route(rows, self.router, self.top) > 0
+
     def _expert(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
         made = (rows @ self.down[expert].t()) @ self.up[expert].t()
         return made if self.expert_bias is None else made + self.expert_bias[expert]

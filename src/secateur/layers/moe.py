@@ -85,6 +85,16 @@ class MoeFfn(nn.Module):
         assert self.router_in is not None
         return route(rows, self.router_in, self.router_out)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether some experts are left out."""
+        return self.top < self.experts
+
+    def chosen(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which experts each token goes through, (tokens, experts) bool."""
+        scores = self.scores(rows)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(self.top, dim=1).indices, True)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X (..., in) -> (..., out). Of an expert that no token chose nothing is computed."""
         rows = x.reshape(-1, self.in_features)

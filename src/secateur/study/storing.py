@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from secateur.errors import StudyError, UnknownNameError
-from secateur.progress import Reporter
-from secateur.verbs.export import export
 
 HF = "hf"
 """The ordinary folder, which is written anyway."""
@@ -47,20 +43,13 @@ def options(name: str, structure: str) -> dict[str, Any]:
     return {"bits": BITS[name], **({"force": True} if structure != "none" else {})}
 
 
-def stored(folder: Path, out: Path, name: str, structure: str, reporter: Reporter) -> int:
-    """Write a model folder in a format of `BITS` to ``out``, and remove it; returns the bytes of the weights."""
-    made = export(folder, out, format="sparse", overwrite=True, reporter=reporter, **options(name, structure))
-    shutil.rmtree(folder, ignore_errors=True)
-    return made.bytes_disk
-
-
 def unstored_folder(out: str, name: str) -> str:
     """Where the model of a trial is before it is written in its format: beside its own folder, or just there."""
     return out if name not in BITS else f"{out}-unpacked"
 
 
 def export_command(out: str, name: str, structure: str) -> str:
-    """The command that `stored` stands for."""
+    """The command that stores a model so."""
     flags = [part for key, value in options(name, structure).items()
              for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]  # fmt: skip
     return shlex.join(["secateur", "export", unstored_folder(out, name), "-o", out, "--format", "sparse", *flags])

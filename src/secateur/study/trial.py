@@ -22,8 +22,9 @@ from secateur.study.recoveries import NONE
 from secateur.study.share import link_copy, made_once, make
 from secateur.study.speed import Load, trial_speed
 from secateur.study.stopping import Bar, exp, hopeless
-from secateur.study.storing import BITS, HF, stored, unstored_folder
+from secateur.study.storing import BITS, HF, options, unstored_folder
 from secateur.training import Training
+from secateur.verbs.export import export
 from secateur.verbs.recover import recover
 
 
@@ -215,7 +216,10 @@ def _finish(task: Task, made: Path, outcome: Outcome, recorder: Recorder) -> Pat
         link_copy(made, out)
     if task.format in BITS:
         structure = ",".join(task.recipe["structure"]) or NONE
-        outcome.values["bytes_disk"] = stored(out, Path(task.out), task.format, structure, recorder)
+        told = options(task.format, structure)
+        made_small = export(out, task.out, format="sparse", overwrite=True, reporter=recorder, **told)
+        outcome.values["bytes_disk"] = made_small.bytes_disk
+        shutil.rmtree(out, ignore_errors=True)
     return Path(task.out)
 
 

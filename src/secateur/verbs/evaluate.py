@@ -33,6 +33,7 @@ from secateur.measure.embeddings import (
     read_pooling,
     similarity_correlation,
 )
+from secateur.measure.expert_usage import expert_usage
 from secateur.measure.lm_eval import run_tasks
 from secateur.measure.model import load_model
 from secateur.measure.perplexity import perplexity
@@ -182,6 +183,7 @@ def _perplexity(result: EvaluateResult, ours: _Opened, cut: Any, origin: str) ->
     result.nll_per_token, result.nll_stderr = measured.nll_per_token, measured.stderr
     result.tokens, result.tokens_per_second = measured.tokens, measured.tokens_per_second
     result.protocol["perplexity"] = perplexity_protocol(origin, cut)
+    result.expert_usage = expert_usage(ours.model, cut)
     if measured.perplexity is None:
         ours.reporter.warn(f"the perplexity is too large for a number: {measured.nll_per_token:.1f} nats per token")
 

@@ -139,6 +139,7 @@ def _quality(
             reporter.warn(f"quality of {which} was not measured: {error.message}; {error.hint}")
             return
         side.perplexity, side.nll_per_token, side.accuracy = found.perplexity, found.nll_per_token, found.accuracy
+        side.expert_usage = found.expert_usage
         protocol["quality"] = found.protocol
         if found.rank_correlation and side is sides[1]:
             reporter.note("rank correlations are not part of this result: run secateur evaluate on both models")
@@ -206,4 +207,5 @@ def measured_model(
         reporter.note(f"quality was not measured: {error.message}")
         return side, {}
     side.perplexity, side.nll_per_token, side.accuracy = found.perplexity, found.nll_per_token, found.accuracy
+    side.expert_usage = found.expert_usage
     return side, found.protocol
