@@ -69,6 +69,18 @@ def test_what_could_not_be_measured_is_refused(case, place):
     assert not (place / "tiny").exists()
 
 
+def test_a_limit_on_bytes_that_only_a_stored_format_meets_is_no_contradiction(place):
+    """Half of the dense file: zeros do not make an ordinary folder smaller, and the sparse format does."""
+    limit = (place / "model" / "model.safetensors").stat().st_size // 2
+    space = {"method": "magnitude", "sparsity": 0.5}
+    constraints = [f"bytes_disk <= {limit}B"]
+    with pytest.raises(StudyError, match="no trial can meet"):
+        opened(place, space=space, constraints=constraints)
+    assert opened(place, space={**space, "format": ["hf", "sparse-4"]}, constraints=constraints)
+    with pytest.raises(StudyError, match="no trial can meet"):
+        opened(place, space={**space, "format": "sparse-4"}, constraints=["bytes_disk <= 0.1KB"])
+
+
 def test_operations_are_those_of_the_counter(place):
     values, missing = measure_flops(place / "model", {})
     expected = count_flops(build_skeleton(place / "model"))

@@ -33,6 +33,7 @@ from secateur.study.recoveries import NONE
 from secateur.study.space import CONVERT
 from secateur.study.spec import StudySpec
 from secateur.study.speed import SENTENCES, Load
+from secateur.study.storing import BITS
 from secateur.study.texts import Texts, read_examples, read_texts
 from secateur.study.values import SPEED, Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
@@ -272,8 +273,11 @@ def _reach(spec: StudySpec, reader: CheckpointReader, prunable: Mapping[str, int
         smallest = max(0.0, 1 - 1.05 * most * gone / total)
     header = 1 << 20
     why = "number format and structures of the space; zeros alone make no file smaller"
+    least = float(min(sizes))
+    if any({*space.formats} & {*BITS} for space in spec.spaces):
+        least, why = total / 8, "a bit for every weight says where the zeros are"
     return {
-        "bytes_disk": Reach(math.floor(min(sizes) * smallest), max(sizes) + other + header, why),
+        "bytes_disk": Reach(math.floor(least * smallest), max(sizes) + other + header, why),
         "parameters": Reach(math.floor(total * smallest), total, "structures of the space"),
         "nonzero": Reach(max(0, math.floor(total - 1.05 * most * max(single, total * (1 - smallest)))), total,
                          "sparsities of the space"),
