@@ -81,6 +81,18 @@ def test_the_printed_command_makes_the_same_bytes(number, real, tmp_path, monkey
     assert weights(str(tmp_path / f"trial-000{number}")) == weights(trial.out)
 
 
+def test_a_report_runs_finalists_as_they_are_stored(real):
+    folder, result = real
+    found = secateur.report([folder / "tiny.json"], text=folder / "choice.txt", sequence_length=32, samples=2)
+    stored = [trial for trial in result.finalists if trial.settings["format"] == "sparse-8"]
+    assert stored, [trial.settings for trial in result.finalists]
+    examined = {each.model: each for each in found.examined}
+    for trial in stored:
+        name = next(one for one in examined if one.startswith(f"{trial.number}:"))
+        assert not examined[name].skipped
+        assert examined[name].continued
+
+
 def test_a_classifier_in_few_bits_is_read_as_it_is_stored(tmp_path, monkeypatch):
     """An encoder that keeps fewer neurons, in 8 bits: there are no zeros to leave out."""
     folder = write_model_and_splits(tmp_path)

@@ -215,13 +215,15 @@ class Collector:
                 take_speed(known, model)
             model.name += ", on the test text"
             self._add(source, tested, model)
-        for number, folder, made in kept_models(study):
-            if number in numbers and folder.resolve() not in self._folders:
-                named = self.result.models[numbers[number]].name
-                if "accuracy" not in dense:  # a classifier continues no text
-                    self.kept.append((named, folder, made.source))
-                if isinstance(made, PruneResult) and self._sparsity[numbers[number]]:
-                    self.result.maps.append(_map(named, made))
+        for kept in kept_models(study):
+            number = numbers.get(kept.number)
+            if number is None or kept.folder.resolve() in self._folders:
+                continue
+            named = self.result.models[number].name
+            if "accuracy" not in dense:  # a classifier continues no text
+                self.kept.append((named, kept.folder, kept.source))
+            if isinstance(kept.made, PruneResult) and self._sparsity[number]:
+                self.result.maps.append(_map(named, kept.made))
         self._fastest += [
             (study, title, numbers[study.best[name]])
             for name, title in SPEEDUPS.items()

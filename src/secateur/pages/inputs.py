@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from secateur.allocation_file import AllocationFile, is_allocation_file, read_allocation
 from secateur.bench_result import BenchResult
@@ -22,6 +23,8 @@ MARKS: dict[type[Result], tuple[str, ...]] = {
     BenchResult: ("runtime", "against"),
 }
 """Keys by which a file is known."""
+EXPORTED = ("format", "options", "bytes_folder")
+"""The same for what `export` has written."""
 
 
 @dataclass(frozen=True)
@@ -56,24 +59,40 @@ def read_inputs(paths: Sequence[str | Path]) -> list[Input]:
     ]
 
 
-def kept_models(study: StudyResult) -> list[tuple[int, Path, PruneResult | RecoverResult]]:
+@dataclass(frozen=True)
+class Kept:
+    """A model that a study has kept."""
+
+    number: int
+    """Of its trial."""
+    folder: Path
+    source: Mapping[str, Any]
+    """The dense model."""
+    made: PruneResult | RecoverResult | None
+    """What the folder says of itself; None of one that is stored in few bits, which says that only."""
+
+
+def kept_models(study: StudyResult) -> list[Kept]:
     """Finalists, or before there are any what is recommended, whose models are still where the study left them.
 
-    Returns:
-        Number of the trial, folder of its model, and what that says of itself. What cannot be read is left out.
+    What cannot be read is left out.
     """
+    dense: Mapping[str, Any] = {"name": study.model, "model": study.model}
     asked = study.finalists or [trial for trial in study.trials if trial.number == study.recommended]
-    found = []
+    found: list[Kept] = []
     for trial in asked:
         folder = Path(trial.out)
         try:
-            if trial.out and (folder / RESULT_FILE).is_file():
-                result = _read(folder)
-                if isinstance(result, PruneResult | RecoverResult):
-                    found.append((trial.number, folder, result))
+            if not trial.out or not (folder / RESULT_FILE).is_file():
+                continue
+            if all(mark in read_json(folder / RESULT_FILE) for mark in EXPORTED):
+                found.append(Kept(trial.number, folder, dense, None))
+            elif isinstance(result := _read(folder), PruneResult | RecoverResult):
+                found.append(Kept(trial.number, folder, result.source, result))
         except (UsageError, OSError, ValueError):
             continue
-    return found
+    told = next((one.source for one in found if one.made is not None), dense)  # with its hash, where one has it
+    return [one if one.made is not None else replace(one, source=told) for one in found]
 
 
 def _read(path: Path) -> Result:

@@ -128,7 +128,7 @@ def _examine_group(
     seen: list[tuple[Pruned, _Seen]] = []
     for one in group:
         try:
-            check_model_folder(one.folder)
+            check_model_folder(one.folder, packed=True)
             opened = _load(one.folder, device)
             if task is None:
                 tokenizer = load_tokenizer(source.folder)
