@@ -255,7 +255,7 @@ def _notes(result: ReportResult) -> Section:
         section.tables.append(
             Table(f"importances-{len(section.tables)}", f"What matters most in {study}",
                   ["objective", "setting", "share"], rows,
-                  "Share of an objective's variance over the trials that hangs on a setting.")
+                  "How far a setting tells the best quarter of the trials from the others (PED-ANOVA), as a share.")
         )  # fmt: skip
     if result.failures:
         names = ["origin", "trial", "state", "reason"]
