@@ -327,7 +327,7 @@ def test_a_seed_that_changes_nothing_is_named(model: Path, tmp_path: Path) -> No
             ({"method": "magnitude", "allocation": "sensitivity", "allocation_options": {"solver": "random"},
               "seed": 3}, None),
             ({"method": "wanda", "reconstruct": "block", "calibration": batches, "seed": 3}, None),
-            ({"structure": "heads", "sparsity": 0.134, "seed": 3}, "method obs draws"),
+            ({"structure": "heads", "sparsity": 0.134, "seed": 3}, "method mixed draws"),
             ({"structure": "depth", "sparsity": 0.5, "seed": 3}, "the choice of blocks draws"),
         ]
     ):  # fmt: skip

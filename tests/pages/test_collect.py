@@ -222,7 +222,7 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name):
 def test_what_is_no_result_is_refused_and_said_what_was_expected(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.bin").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "sweep.yaml").write_text("model: demo")
+    (tmp_path / "sweep.yaml").write_text("model: demo\nspace: {sparsity: 0.5}\n")
     good = write(tmp_path / "good", pruning())
     misplaced = tmp_path / "misplaced"
     misplaced.mkdir()
