@@ -227,7 +227,7 @@ class ReportResult(Plain):
     """Models on a front that have no map here, since there would be too many."""
     examined: list[Examined] = field(default_factory=list)
     importances: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Study -> objective -> setting -> share of the objective's variance that hangs on it."""
+    """Study -> objective -> setting -> share by which it tells the best quarter of the trials from the others."""
     failures: list[dict[str, str]] = field(default_factory=list)
     """Trials that were stopped or failed: origin, trial, state, reason."""
     verdicts: dict[str, list[str]] = field(default_factory=dict)

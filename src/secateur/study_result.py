@@ -85,7 +85,7 @@ class StudyResult(Plain):
     recommended_by: str = ""
     """How it was chosen."""
     importances: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Objective -> setting -> share of the objective's variance that hangs on it."""
+    """Objective -> setting -> share by which it tells the best quarter of the trials from the others."""
     spent: dict[str, float] = field(default_factory=dict)
     """seconds in all, and of them trial_seconds, baseline_seconds and finalist_seconds; saved_seconds by sharing, at
     what the shared work took when it was done; shared_models and shared_baselines, how often."""
