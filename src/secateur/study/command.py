@@ -9,7 +9,6 @@ from typing import Any
 
 from secateur.recipe import Recipe, is_default
 from secateur.study.conversion import Conversion
-from secateur.study.recoveries import NONE
 from secateur.study.storing import BITS, HF, export_command, unstored_folder
 from secateur.training import Training
 from secateur.verbs.convert import SETTINGS
@@ -42,7 +41,7 @@ def command_line(
             ["secateur", "recover", made, "-o", whole, *dense, *recover_flags(training), "--no-evaluate"]
         )
     if format in BITS:
-        said += " && " + export_command(out, format, ",".join(recipe.structure) or NONE)
+        said += " && " + export_command(out, format)
     return said
 
 

@@ -38,9 +38,9 @@ def read_formats(listed: Iterable[Any], structures: Iterable[str], where: str) -
     return found
 
 
-def options(name: str, structure: str) -> dict[str, Any]:
-    """Options of `export`; a model with fewer units has no zeros, and is rounded all the same."""
-    return {"bits": BITS[name], **({"force": True} if structure != "none" else {})}
+def options(name: str) -> dict[str, Any]:
+    """Options of `export`; where there are no zeros, or too few to leave out, values are rounded all the same."""
+    return {"bits": BITS[name], **({"force": True} if BITS[name] < 16 else {})}
 
 
 def unstored_folder(out: str, name: str) -> str:
@@ -48,8 +48,8 @@ def unstored_folder(out: str, name: str) -> str:
     return out if name not in BITS else f"{out}-unpacked"
 
 
-def export_command(out: str, name: str, structure: str) -> str:
+def export_command(out: str, name: str) -> str:
     """The command that stores a model so."""
-    flags = [part for key, value in options(name, structure).items()
+    flags = [part for key, value in options(name).items()
              for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])]  # fmt: skip
     return shlex.join(["secateur", "export", unstored_folder(out, name), "-o", out, "--format", "sparse", *flags])

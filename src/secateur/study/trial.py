@@ -18,7 +18,6 @@ from secateur.recipe import Recipe
 from secateur.study.command import made_folder
 from secateur.study.flops import measure_flops
 from secateur.study.quality import difference, measuring
-from secateur.study.recoveries import NONE
 from secateur.study.share import link_copy, made_once, make
 from secateur.study.speed import Load, trial_speed
 from secateur.study.stopping import Bar, exp, hopeless
@@ -215,9 +214,7 @@ def _finish(task: Task, made: Path, outcome: Outcome, recorder: Recorder) -> Pat
         shutil.rmtree(out, ignore_errors=True)
         link_copy(made, out)
     if task.format in BITS:
-        structure = ",".join(task.recipe["structure"]) or NONE
-        told = options(task.format, structure)
-        made_small = export(out, task.out, format="sparse", overwrite=True, reporter=recorder, **told)
+        made_small = export(out, task.out, format="sparse", overwrite=True, reporter=recorder, **options(task.format))
         outcome.values["bytes_disk"] = made_small.bytes_disk
         shutil.rmtree(out, ignore_errors=True)
     return Path(task.out)
