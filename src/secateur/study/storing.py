@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from secateur.errors import StudyError, UnknownNameError
+from secateur.study.recoveries import NONE
 
 HF = "hf"
 """The ordinary folder, which is written anyway."""
@@ -30,7 +31,7 @@ def read_formats(listed: Iterable[Any], structures: Iterable[str], where: str) -
             raise UnknownNameError("format", name, FORMATS)
     if len(set(found)) < len(found):
         raise StudyError(f"{where}: format names one twice: {', '.join(found)}")
-    if "sparse-16" in found and (units := [name for name in structures if name != "none"]):
+    if "sparse-16" in found and (units := [name for name in structures if name != NONE]):
         raise StudyError(
             f"{where}: format sparse-16 leaves out zeros, and structure {', '.join(units)} leaves none",
             hint="give it an entry of the space's list without structure; sparse-8 and sparse-4 round what is left",

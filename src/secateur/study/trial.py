@@ -191,9 +191,9 @@ def _make(task: Task, outcome: Outcome, recorder: Recorder) -> tuple[Path, bool]
         folder = Path(made_folder(unstored_folder(task.out, task.format), task.training, task.conversion))
         result = make(folder, task.model, recipe, task.conversion, recorder)
     after = result["after"]
-    outcome.values |= {name: after[name] for name in ("bytes_disk", "parameters", "nonzero")}
-    if task.format in BITS:
-        del outcome.values["bytes_disk"]  # not those of the file that is measured: known once that is written
+    outcome.values |= {name: after[name] for name in ("parameters", "nonzero")}
+    if task.format not in BITS:  # else they are those of another file, known once that is written
+        outcome.values["bytes_disk"] = after["bytes_disk"]
     # A conversion puts other numbers where the weights were: what counts is how many of those are zero.
     outcome.values["sparsity"] = after["sparsity"] if task.conversion is not None else result["sparsity"]
     if task.conversion is None:
