@@ -36,6 +36,8 @@ class Quantities(Plain):
     joules_per_token: float | None = None
     grams_co2_per_token: float | None = None
     perplexity: float | None = None
+    bits_per_byte: float | None = None
+    """Loss on the same passages by their bytes: what models of different vocabularies are compared by."""
     kernels: str | None = None
     """Of packed weights: the variant of the CPU kernels that multiplies with them. None, with a reason in ``missing``,
     where they are unpacked each time they are used; None without a reason where nothing is packed."""

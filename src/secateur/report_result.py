@@ -78,6 +78,8 @@ class BlockMap(Plain):
     """One row for each kind, one column for each block; None where a block has no such matrix."""
     loss: list[float | None] = field(default_factory=list)
     """For each block the squared output error that pruning estimated, summed over its matrices; empty when unknown."""
+    gone: list[str] = field(default_factory=list)
+    """What went as a whole, which has no cell any more, and what is left: in words."""
 
 
 @dataclass

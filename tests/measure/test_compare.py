@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur.errors import RunError
 from secateur.measure import compare
+from secateur.measure import worker as worker_module
 from secateur.measure.compare import Worker, interval_of_ratios, measure_pair
 from tests.models import save_tiny, tiny_model, tiny_tokenizer
 
@@ -216,6 +217,39 @@ def test_the_two_take_turns(fake, monkeypatch, together):
     assert pair.decode_ratio.median == 2
     assert pair.before.bytes_resident == 7
     assert pair.protocol["both_in_memory"] is together
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_meter_is_read_around_every_decode_that_counts(fake, monkeypatch, together):
+    class Meter:
+        reads = 0
+
+        def start(self):
+            fake.asked.append(("meter", "start"))
+
+        def joules(self):
+            fake.asked.append(("meter", "read"))
+            self.reads += 1
+            return 10.0 * self.reads
+
+    monkeypatch.setattr(compare, "fit_together", lambda folders: together)
+    pair = measure_pair("x/a", "x/b", prompt_tokens=[5], new_tokens=4, rounds=2, meter=Meter())
+    assert pair.before.joules_per_token == [2.0, 6.0]  # by one token of the prompt and four new ones
+    assert pair.after.joules_per_token == [4.0, 8.0]
+    starts = [place for place, one in enumerate(fake.asked) if one == ("meter", "start")]
+    assert all(fake.asked[place + 1][1] == "decode" and fake.asked[place + 2] == ("meter", "read") for place in starts)
+    assert measure_pair("x/a", "x/b", prompt_tokens=[5], new_tokens=4, rounds=2).after.joules_per_token == []
+
+
+def test_on_an_accelerator_the_memory_is_that_of_the_device(folder, monkeypatch):
+    server = worker_module.Server(folder, "auto", "cpu")
+    server.load()
+    server.device = "cuda"
+    monkeypatch.setattr(torch.accelerator, "memory_allocated", lambda device: 1234 if device.type == "cuda" else 0)
+    assert server.resident()["bytes_resident"] == 1234
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 567)
+    server.device = "mps"
+    assert server.resident()["bytes_resident"] == 567
 
 
 def test_without_a_prompt_memory_alone_is_measured(fake):

@@ -173,6 +173,30 @@ def test_the_command_has_the_options_of_a_reconstruction():
     assert command_of(pruning(recipe=rounded), "out").endswith("--method alps --bits 4 --group-size 128")
 
 
+def test_what_went_as_a_whole_is_said_where_no_cell_can_show_it(tmp_path):
+    recipe = {"method": "obs", "sparsity": 0.3, "structure": ["depth", "ffn"], "method_options": {}}
+    changes = {"num_hidden_layers": 5, "intermediate_size": 96, "layer_types": ["full_attention"] * 5}
+    made = pruning(recipe=recipe, sparsity=0.314, blocks_kept=[0, 1, 2, 5, 7], shape_changes=changes)
+    result = collect(write(tmp_path / "a", made))
+    assert result.maps[0].gone == [
+        "31.4% of the prunable weights went in whole units",
+        "blocks that stayed, by their number in the source: 0-2, 5, 7", "num_hidden_layers is 5",
+        "intermediate_size is 96",
+    ]  # fmt: skip
+    assert collect(write(tmp_path / "b", pruning())).maps[0].gone == []
+
+
+def test_quantising_is_told_with_its_speed(tmp_path):
+    """Another runtime may bring more than fewer weights do."""
+    made = study(40)
+    for baseline, speed in zip(made.baselines, (10.0, 85.0), strict=False):
+        baseline.values["decode_tokens_per_second"] = speed
+    result = collect(write(tmp_path / "s.json", made))
+    own = result.models[result.recommended].values["decode_speedup"]
+    told = f"; int8 decodes 8.5 times as fast as the dense model, what is recommended {own:.1f}."
+    assert result.answer[2].endswith(told)
+
+
 def test_blocks_and_kinds_are_found_in_names():
     names = {"model.layers.0.mlp.up.weight": 0.5, "model.layers.1.mlp.up.weight": 0.25, "model.layers.1.q.weight": 1.0,
              "encoder.block.1.q.weight": 0.0, "head.weight": 0.1}  # fmt: skip

@@ -73,7 +73,17 @@ def test_every_figure_is_there_with_its_data(made):
     for comparison, number in zip(result.comparisons, range(9), strict=False):
         for front in comparison.fronts:
             assert f"front-{number}-{front.axis}" in figures
-    for key in ("map-0", "sensitivity", "frequency-0", "position-0", "spread-0-angle", "spread-1-margin", "damage-0"):
+    for key in (
+        "map-0",
+        "sensitivity",
+        "frequency-0",
+        "position-0",
+        "spread-0-angle",
+        "spread-1-margin",
+        "boxes-0-angle",
+        "boxes-1-margin",
+        "damage-0",
+    ):
         assert key in figures
     asked = {given["data-rows"] for _, given in page.elements if "data-rows" in given}
     assert asked == set(page.data["tables"])
@@ -257,3 +267,15 @@ def test_a_browser_runs_the_code_and_nothing_of_the_text(tmp_path, monkeypatch):
     light, dark = (sum(map(int, re.findall(r"\d+", found["paper"][theme])[:3])) for theme in ("light", "dark"))
     assert light > 700
     assert dark < 120
+
+
+def test_boxes_are_the_quantiles_of_every_text(made):
+    result, text = made
+    one = next(one for one in result.examined if one.conditions)
+    table = Page(text).data["tables"]["boxes-0-margin"]
+    expected = [
+        [d.condition, side, *getattr(d, side)]
+        for d in one.distributions if d.quantity == "margin" for side in ("dense", "pruned")
+    ]  # fmt: skip
+    assert table["rows"] == expected
+    assert [row[0] for row in expected[::2]] == ["clean", "typos", "case", "dropped"]

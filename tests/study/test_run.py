@@ -12,10 +12,14 @@ from pathlib import Path
 import optuna
 import pytest
 
+from secateur.corpus.load import DEFAULT_PROMPT
 from secateur.errors import Interrupted, StudyError
+from secateur.measure.energy import find_meter
 from secateur.study import run_study, study_status
+from secateur.study.speed import NEW_TOKENS
 from secateur.study.trial import Outcome
 from secateur.study_result import StudyResult
+from secateur.verbs.calibration import load_tokenizer
 from secateur.verbs.report import report
 from tests.formats.tokenizers import ROWS, byte_level
 from tests.models import save_tiny
@@ -78,6 +82,36 @@ def test_baselines_and_finalists_are_timed_though_nothing_asks_for_speed(place, 
     assert len(same) == 2
     for model in same:
         assert model.values["decode_speedup"] == pytest.approx(finalist.values["decode_ratio"])
+    for trial in (dense, finalist):
+        assert 0 < trial.values["bytes_resident"] < 1e9
+        if find_meter()[0] is None:
+            assert trial.values["joules_per_token"] is None
+            assert trial.missing["joules_per_token"] == find_meter()[1]
+
+
+def test_energy_is_weighed_where_there_is_a_meter(place, monkeypatch):
+    """A meter that counts one joule each time it is read, so that a token's energy is known."""
+    for module in ("speed", "setup"):
+        monkeypatch.setattr(f"secateur.study.{module}.find_meter", lambda device: (Meter(), ""))
+    changes = {"space": {"method": "magnitude", "sparsity": [0.2, 0.4]}, "baselines": ["bfloat16"], "finalists": 1}
+    result = run(place, objectives={"perplexity": "minimize", "joules_per_token": "minimize"}, **changes)
+    tokens = len(load_tokenizer(place / "model")(DEFAULT_PROMPT, add_special_tokens=False)["input_ids"]) + NEW_TOKENS
+    for trial in [*result.baselines, *result.trials, *result.finalists]:
+        assert trial.values["joules_per_token"] == pytest.approx(1 / tokens)
+    found = report([place / "tiny.json"])
+    assert any(front.axis == "joules_per_token" for comparison in found.comparisons for front in comparison.fronts)
+
+
+class Meter:
+    sees_processor = True
+    source = "a test"
+
+    def start(self):
+        self.started = True
+
+    def joules(self):
+        assert self.started
+        return 1.0
 
 
 def test_a_format_that_cannot_hold_the_model_is_left_out_and_told(place, trials):

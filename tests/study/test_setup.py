@@ -98,3 +98,14 @@ def test_an_encoder_has_no_perplexity_to_compare(place, tmp_path):
     save_tiny(place / "encoder", "bert")
     with pytest.raises((UnsupportedModelError, StudyError)):
         opened(place, model="encoder")
+
+
+def test_energy_that_nothing_here_measures_is_refused(place, monkeypatch):
+    monkeypatch.setattr("secateur.study.setup.find_meter", lambda device: (None, "no meter in this test"))
+    for asked in (
+        {"objectives": {"joules_per_token": "minimize"}},
+        {"constraints": ["joules_per_token <= 0.5x"]},
+    ):
+        with pytest.raises(StudyError, match="joules_per_token cannot be measured here: no meter in this test"):
+            opened(place, **asked)
+    assert opened(place, objectives={"bytes_resident": "minimize"}).trial_load is not None

@@ -123,14 +123,31 @@ def test_an_encoder_reads_but_does_not_decode(tmp_path):
     assert "next-token logits" in found.missing["perplexity"]
 
 
-def test_models_with_other_vocabularies_are_not_compared_by_loss_per_token(folders, tmp_path):
+def test_models_with_other_vocabularies_are_compared_by_bits_per_byte(folders, tmp_path):
     other = save_tiny(tmp_path / "other", "llama")
     tiny_tokenizer().save_pretrained(other)
     found = secateur.bench(folders[0], against=[other], **QUICK)
-    assert found.against[0].perplexity is None
-    assert "another vocabulary" in found.against[0].missing["perplexity"]
-    assert "perplexity" not in found.ratio[f"{other} (transformers, float32)"]
-    assert any("another vocabulary" in warning for warning in found.warnings)
+    (theirs,) = found.against
+    assert theirs.perplexity is None
+    assert "another vocabulary" in theirs.missing["perplexity"]
+    ratio = found.ratio[f"{other} (transformers, float32)"]
+    assert "perplexity" not in ratio
+    assert ratio["bits_per_byte"].low <= ratio["bits_per_byte"].median <= ratio["bits_per_byte"].high
+    assert ratio["bits_per_byte"].median == pytest.approx(found.bits_per_byte / theirs.bits_per_byte, rel=0.1)
+    said = " ".join(found.verdict)
+    assert (
+        f"bits per byte, as their vocabularies differ: {found.bits_per_byte:.3f} and {theirs.bits_per_byte:.3f}" in said
+    )
+    assert "At equal bytes" in said
+    assert " bits per byte" in found.verdict[-1]
+
+
+def test_bits_per_byte_of_one_vocabulary_follow_from_the_perplexity(result, folders):
+    """Twelve windows of 64 tokens of a byte-level tokenizer: nats of all by the bytes that 63 of each stand for."""
+    (dense,) = [row for row in result.against if row.format == "float32"]
+    ours, theirs = math.log(result.perplexity), math.log(dense.perplexity)
+    assert result.bits_per_byte / dense.bits_per_byte == pytest.approx(ours / theirs)
+    assert "bits_per_byte" not in result.ratio[f"{folders[0]} (transformers, float32)"]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +266,19 @@ def test_at_equal_bytes_the_table_says_who_wins(bytes_disk, perplexity, winner):
     other = Quantities("other", "llama.cpp", "q4_0", bytes_disk=bytes_disk, perplexity=perplexity)
     (sentence,) = bench_sentences(BenchResult(**vars(ours), against=[other]))
     assert sentence.startswith(f"At equal bytes {winner} as ")
+
+
+def test_at_equal_bytes_another_vocabulary_is_weighed_by_its_bytes():
+    ours = Quantities("ours", "transformers", "float32", bytes_disk=4e6, perplexity=12.0, bits_per_byte=0.9)
+    same = Quantities("same", "transformers", "bfloat16", bytes_disk=2e6, perplexity=12.1, bits_per_byte=0.91)
+    other = Quantities("other", "transformers", "float32", bytes_disk=4e6, bits_per_byte=0.8)
+    (sentence,) = bench_sentences(BenchResult(**vars(ours), against=[same, other]))
+    assert sentence == (
+        "At equal bytes other as float32 wins (4.0 MB, 0.800 bits per byte) over ours as float32 (4.0 MB, 0.900 bits "
+        "per byte)."
+    )
+    (sentence,) = bench_sentences(BenchResult(**vars(ours), against=[same]))
+    assert "perplexity" in sentence
 
 
 def test_who_is_compared_with_larger_models_only_does_not_win():

@@ -24,6 +24,7 @@ COLUMNS: tuple[tuple[str, Callable[[Quantities], str | None]], ...] = (
     ("MFLOP/token", lambda row: _millions(row.flops_per_token)),
     ("without zeros", lambda row: _millions(row.sparse_flops_per_token)),
     ("perplexity", lambda row: number(row.perplexity)),
+    ("bits/byte", lambda row: number(row.bits_per_byte, 3)),
     ("prefill, tok/s", lambda row: number(row.prefill_tokens_per_second, 0)),
     ("first token, s", lambda row: number(row.seconds_to_first_token, 3)),
     ("decode, tok/s", lambda row: number(row.decode_tokens_per_second, 1)),

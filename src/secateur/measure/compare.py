@@ -21,10 +21,17 @@ from types import TracebackType
 from typing import Any, Self
 
 from secateur.errors import RunError
+from secateur.measure.energy import Meter
 from secateur.progress import Reporter
 
 # Two processes with the very same file differ by some per cent, for good, by where their weights lie in memory.
 PLACEMENT_NOISE = 0.03
+
+RESIDENT = (
+    "resident memory of a fresh process after it ran, on an accelerator what PyTorch has allocated there, less what it "
+    "was before the weights were loaded"
+)
+"""How memory is measured, in words."""
 
 _QUIT_SECONDS = 5
 
@@ -138,6 +145,8 @@ class Side:
     decode_tokens_per_second: float | None
     """Median over the rounds; None for a model that does not decode."""
     rounds: list[float] = field(default_factory=list)
+    joules_per_token: list[float] = field(default_factory=list)
+    """Energy of the whole machine in every round, by the tokens of prompt and continuation; empty without a meter."""
     continuation: str | None = None
 
 
@@ -183,9 +192,10 @@ def measure_pair(
     dtype: str = "auto",
     device: str = "cpu",
     threads: int | None = None,
+    meter: Meter | None = None,
     reporter: Reporter | None = None,
 ) -> Pair:
-    """Resident memory, decoding speed and a continuation of two folders.
+    """Resident memory, decoding speed and energy, and a continuation of two folders.
 
     Each round decodes ``new_tokens`` greedily after ``prompt_tokens`` in both models, one straight after the other; a
     round that warms up is not counted. When memory is too small for both models at once, each is loaded anew for its
@@ -221,12 +231,14 @@ def measure_pair(
             reporter.advance(title)
         for _ in range(rounds if prompt_tokens else 0):
             for index, folder in enumerate(folders):
-                if together:
-                    answer = workers[index].ask("decode", **request)
-                else:
-                    with open_one(folder) as worker:
+                with contextlib.ExitStack() as own:
+                    if together:
+                        worker = workers[index]
+                    else:
+                        worker = own.enter_context(open_one(folder))
                         worker.ask("decode", prompt_tokens=list(prompt_tokens), new_tokens=2)  # warm up
-                        answer = worker.ask("decode", **request)
+                    answer, joules = metered(worker, request, meter)
+                    sides[index].joules_per_token += [] if joules is None else [joules]
                 speeds[index].append(answer["tokens"] / answer["seconds"])
             reporter.advance()
     ratio = None
@@ -237,12 +249,21 @@ def measure_pair(
     protocol = {
         "decode": f"greedy, key-value cache, batch 1, {new_tokens} tokens after a prompt of {len(prompt_tokens)}; "
         f"median of {rounds} rounds, before and after in turn",
-        "resident": "resident memory of a fresh process after it ran, less what it was before the weights were loaded",
+        "resident": RESIDENT,
         "dtype": dtype,
         "device": device,
         "both_in_memory": together,
     }
     return Pair(sides[0], sides[1], ratio, protocol)
+
+
+def metered(worker: Worker, request: dict[str, Any], meter: Meter | None) -> tuple[dict[str, Any], float | None]:
+    """What decoding gave, and the energy of a token of prompt and continuation in joules; None without a meter."""
+    if meter is None:
+        return worker.ask("decode", **request), None
+    meter.start()
+    answer = worker.ask("decode", **request)
+    return answer, meter.joules() / (len(request["prompt_tokens"]) + request["new_tokens"])
 
 
 def _first_look(worker: Worker, request: dict[str, Any] | None, prompt: str | None, continuation_tokens: int) -> Side:

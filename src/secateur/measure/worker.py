@@ -54,6 +54,18 @@ def resident_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
 
 
+def held_bytes(device: str) -> int:
+    """What a model can take here: memory of the process, or on an accelerator what PyTorch has allocated there."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return resident_bytes()
+    if kind == "mps":  # not among those that torch.accelerator counts for
+        return int(torch.mps.current_allocated_memory())
+    return int(torch.accelerator.memory_allocated(torch.device(device)))
+
+
 class Server:
     """Holds the model; one method an operation."""
 
@@ -103,7 +115,7 @@ class Server:
                 stock = stock if type(known) in stock._model_mapping else transformers.AutoModel
             elif not architecture.endswith("CausalLM"):
                 stock = getattr(transformers, architecture)
-            self.before = resident_bytes()  # torch and transformers are in memory by now, the weights are not
+            self.before = held_bytes(self.device)  # torch and transformers are in memory by now, the weights are not
             start = time.perf_counter()
             model, info = stock.from_pretrained(
                 self.folder,
@@ -134,7 +146,7 @@ class Server:
         for tensor in [*self.model.parameters(), *self.model.buffers()]:
             if tensor.device.type == "cpu":
                 tensor.detach().reshape(-1)[:: max(1, 4096 // tensor.element_size())].sum()
-        return {"bytes_resident_before": self.before, "bytes_resident": resident_bytes()}
+        return {"bytes_resident_before": self.before, "bytes_resident": held_bytes(self.device)}
 
     def logits(self, inputs: str, out: str) -> dict[str, Any]:
         """Run the forward pass once and write each tensor it returns, under its own name."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from secateur.report_result import MADE, Comparison, ReportModel, ReportResult
 from secateur.study_result import StudyResult
@@ -161,7 +161,7 @@ def _quality(model: ReportModel | None, comparison: Comparison) -> str:
 
 
 def _quantised(result: ReportResult, comparison: Comparison, number: int | None) -> str:
-    """Whether a quantised dense model has better quality at no more bytes."""
+    """Whether a quantised dense model has better quality at no more bytes, and how fast such models are."""
     models = result.models
     known = [
         models[n] for n in comparison.models
@@ -181,10 +181,23 @@ def _quantised(result: ReportResult, comparison: Comparison, number: int | None)
     smallest = min(known, key=lambda m: (m.values["bytes_disk"], sign * m.values[comparison.quality]))
     own = {} if number is None else models[number].values
     if "bytes_disk" not in own or comparison.quality not in own:
-        return f"Quantising alone: {told(smallest)}."
+        return f"Quantising alone: {told(smallest)}{_fastest_quantised(known, own)}."
     fitting = [m for m in known if m.values["bytes_disk"] <= own["bytes_disk"]]
     if not fitting:
-        return f"Quantising alone does not come down to its {own['bytes_disk'] / 1e6:,.1f} MB: {told(smallest)}."
+        size = own["bytes_disk"] / 1e6
+        beside = _fastest_quantised(known, own)
+        return f"Quantising alone does not come down to its {size:,.1f} MB: {told(smallest)}{beside}."
     best = min(fitting, key=lambda m: sign * m.values[comparison.quality])
     wins = sign * best.values[comparison.quality] < sign * own[comparison.quality]
-    return f"Quantising alone is {'better' if wins else 'no better'} at no more bytes: {told(best)}."
+    word, beside = "better" if wins else "no better", _fastest_quantised(known, own)
+    return f"Quantising alone is {word} at no more bytes: {told(best)}{beside}."
+
+
+def _fastest_quantised(quantised: Sequence[ReportModel], own: Mapping[str, float]) -> str:
+    """The fastest of them beside what is recommended: another runtime may count for more than fewer weights."""
+    timed = [model for model in quantised if "decode_speedup" in model.values]
+    if not timed:
+        return ""
+    best = max(timed, key=lambda model: model.values["decode_speedup"])
+    beside = f", what is recommended {own['decode_speedup']:.1f}" if "decode_speedup" in own else ""
+    return f"; {best.name} decodes {best.values['decode_speedup']:.1f} times as fast as the dense model{beside}"

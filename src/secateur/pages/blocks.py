@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from secateur.report_result import BlockMap
+from secateur.result import PruneResult
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -33,6 +34,27 @@ def block_map(model: str, sparsity: Mapping[str, float], losses: Mapping[str, fl
             sums[block] = sums.get(block, 0.0) + value
         loss = [sums.get(block) for block in blocks]
     return BlockMap(model, blocks, kinds, rows, loss)
+
+
+def told_gone(result: PruneResult) -> list[str]:
+    """What a pruning removed as a whole: the share of the weights, the blocks that stayed, the sizes that are left."""
+    if not (result.recipe.get("structure") or result.blocks_kept or result.shape_changes):
+        return []
+    told = [f"{result.sparsity:.1%} of the prunable weights went in whole units"]
+    if result.blocks_kept is not None:
+        told.append(f"blocks that stayed, by their number in the source: {_spans(result.blocks_kept)}")
+    return told + [f"{key} is {value}" for key, value in result.shape_changes.items() if not isinstance(value, list)]
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """0-3, 5, 7-8: numbers that follow each other are told by their ends."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _place(name: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from secateur.bench_result import BenchResult, Quantities
 from secateur.errors import UsageError
 from secateur.pages.allocations import of_file, of_result, tell
 from secateur.pages.answer import answer, fastest
-from secateur.pages.blocks import block_map
+from secateur.pages.blocks import block_map, told_gone
 from secateur.pages.commands import command_of, settings_of
 from secateur.pages.fronts import draw_fronts, is_quality, quality_of
 from secateur.pages.inputs import Input, kept_models
@@ -36,7 +36,8 @@ MAPS = 6
 _COPIED = (
     "parameters", "nonzero", "bytes_disk", "bytes_resident", "flops_per_token", "sparse_flops_per_token",
     "prefill_tokens_per_second", "decode_tokens_per_second", "decode_tokens_per_second_batch_8",
-    "seconds_to_first_token", "joules_per_token", "grams_co2_per_token", "perplexity", "efficiency",
+    "seconds_to_first_token", "joules_per_token", "grams_co2_per_token", "perplexity",
+    "bits_per_byte", "efficiency",
 )  # fmt: skip
 DENSE_FORMATS = ("float32", "torch.float32")
 
@@ -280,11 +281,11 @@ class Collector:
             if known is not None:  # the same model: what the folder does not know is added to it
                 own = self.result.models[known]
                 unmeasured = not quality_of([own])[0]
-                own.values = {**{k: v for k, v in values.items() if k != "perplexity"}, **own.values}
+                own.values = {**{k: v for k, v in values.items() if not is_quality(k)}, **own.values}
                 own.missing = {**entry.missing, **own.missing}
                 own.unshown = unshown
                 if unmeasured and "perplexity" in values:  # what nobody had measured is measured here
-                    own.values["perplexity"] = values["perplexity"]
+                    own.values |= {k: v for k, v in values.items() if is_quality(k)}
                     own.missing.pop("perplexity", None)
                     source.move(known, protocol)
                     continue
@@ -336,7 +337,9 @@ class Collector:
 
 def _map(name: str, made: PruneResult) -> BlockMap:
     losses = {matrix.name: matrix.loss for matrix in made.matrices if matrix.loss is not None}
-    return block_map(name, {matrix.name: matrix.sparsity for matrix in made.matrices}, losses)
+    drawn = block_map(name, {matrix.name: matrix.sparsity for matrix in made.matrices}, losses)
+    drawn.gone = told_gone(made)
+    return drawn
 
 
 def _place(model: str) -> Path | None:

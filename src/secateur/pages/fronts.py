@@ -72,6 +72,10 @@ AXES = (
 )
 
 
+_LOSSES = ("perplexity", "nll_per_token", "bits_per_byte")
+"""Qualities that are better the smaller."""
+
+
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     """Numbers of the points that no other betters; both numbers of a point are better the smaller.
 
@@ -105,12 +109,12 @@ def quality_of(models: Sequence[ReportModel]) -> tuple[str, Better]:
     if not names:
         return "", "minimize"
     best = max(names, key=lambda n: (sum(n in model.values for model in models), n == "perplexity"))
-    return best, "minimize" if best in ("perplexity", "nll_per_token", "loss") else "maximize"
+    return best, "minimize" if best in (*_LOSSES, "loss") else "maximize"
 
 
 def is_quality(name: str) -> bool:
     """Whether a value says how good a model is."""
-    return name in ("perplexity", "nll_per_token") or name.startswith(("accuracy", "macro_f1"))
+    return name in _LOSSES or name.startswith(("accuracy", "macro_f1"))
 
 
 def of_labels(comparison: Comparison) -> bool:

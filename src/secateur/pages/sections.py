@@ -8,17 +8,16 @@ from secateur.pages.figures import (
     Cell,
     Figure,
     allocation_figure,
-    damage_figure,
     dense_first,
     front_figures,
     loss_figure,
     map_figure,
     sensitivity_figure,
-    spread_figure,
 )
 from secateur.pages.fronts import AXES
+from secateur.pages.spreads import box_figure, damage_figure, spread_figure
 from secateur.pages.svg import cut
-from secateur.report_result import Comparison, Continued, Examined, ReportResult
+from secateur.report_result import Comparison, Continued, Distribution, Examined, ReportResult
 
 
 @dataclass
@@ -46,6 +45,7 @@ class Section:
 
 
 COLUMNS: tuple[tuple[str, str], ...] = (
+    ("bits_per_byte", "bits per byte"),
     ("sparsity", "sparsity"), ("zeros", "zeros of all"), ("bytes_disk", "bytes on disk"), ("parameters", "parameters"),
     ("active_parameters", "active parameters"), ("bytes_resident", "resident bytes"),
     ("decode_speedup", "decoding, × dense"),
@@ -135,8 +135,10 @@ def _matrices(result: ReportResult) -> Section:
     for number, one in enumerate(result.maps):
         if any(value for row in one.sparsity for value in row):
             section.figures.append(map_figure(f"map-{number}", one))
-        else:
+        elif not one.gone:
             section.text.append(f"{one.model} has no zeros to draw: nothing was pruned, or whole units went.")
+        if one.gone:
+            section.text.append(f"{one.model}: {'; '.join(one.gone)}.")
     if result.undrawn:
         section.text.append(f"{result.undrawn} more models on the fronts are not drawn; their inputs have the numbers.")
     sensitivity = sensitivity_figure(result.maps)
@@ -189,6 +191,14 @@ def _breakage(result: ReportResult) -> list[Section]:
             spread_figure(f"spread-{number}-{d.quantity}", one.model, d)
             for d in one.distributions
             if d.condition == "clean"
+        ]
+        by_quantity: dict[str, list[Distribution]] = {}
+        for spread in one.distributions:
+            by_quantity.setdefault(spread.quantity, []).append(spread)
+        section.figures += [
+            box_figure(f"boxes-{number}-{quantity}", one.model, spreads)
+            for quantity, spreads in by_quantity.items()
+            if len(spreads) > 1
         ]
         damage = damage_figure(f"damage-{number}", one)
         section.figures += [damage] if damage is not None else []

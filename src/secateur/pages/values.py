@@ -15,6 +15,8 @@ SPEEDUPS = {
     "sentences_per_second_batch_32": "sentences_speedup_batch_32",
 }  # fmt: skip
 """Value of a model -> what it is called as a multiple of the dense model's."""
+MACHINE = ("bytes_resident", "joules_per_token", "joules_per_thousand_sentences")
+"""What is measured beside the speed."""
 PLACEMENT_NOISE = 0.03
 """Two processes with the very same file differ by so much; `secateur.measure.compare` says why."""
 
@@ -32,8 +34,8 @@ def measured_values(side: Measured, dense: Measured | None) -> dict[str, float]:
 
 
 def take_speed(trial: ReportModel, finalist: ReportModel) -> None:
-    """Speeds that were measured of the finalist only are those of the trial as well: it is the same model."""
-    for name in (one for pair in SPEEDUPS.items() for one in pair):
+    """What was measured of the running finalist only is true of the trial as well: it is the same model."""
+    for name in (*(one for pair in SPEEDUPS.items() for one in pair), *MACHINE):
         if name in finalist.values and name not in trial.values:
             trial.values[name] = finalist.values[name]
             if name in finalist.intervals:

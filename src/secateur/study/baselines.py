@@ -15,6 +15,7 @@ import torch
 
 from secateur.checkpoint.folder import OutputFolder
 from secateur.errors import SecateurError, UnsupportedModelError
+from secateur.measure.energy import find_meter
 from secateur.measure.llama_cpp import INSTALL, PACKAGE, LlamaCpp, is_installed
 from secateur.measure.size import measure_size
 from secateur.progress import Reporter
@@ -23,7 +24,7 @@ from secateur.study.command import command_line
 from secateur.study.flops import measure_flops
 from secateur.study.quality import Quality, Windows, dense_quality, quality
 from secateur.study.setup import Setup
-from secateur.study.speed import NEW_TOKENS, Speed, dense_speed, trial_speed
+from secateur.study.speed import DECODE, MEMORY, NEW_TOKENS, TEXT_ENERGY, Speed, dense_speed, trial_speed
 from secateur.study.store import Store
 from secateur.study.values import meets, violations
 from secateur.study_result import Trial
@@ -125,25 +126,39 @@ def _quantised(number: int, name: str, setup: Setup, first: int, reporter: Repor
             "bytes_disk": entry.file.stat().st_size,
             **measure_flops(setup.source.folder, {})[0],
         }
-        missing = {}
+        missing: dict[str, str] = {}
         if setup.finalist_load is not None:
             try:
-                values["decode_tokens_per_second"] = _decode_in_llama_cpp(entry.file, setup)
+                values |= _run_in_llama_cpp(entry.file, setup, missing)
             except SecateurError as error:
-                missing["decode_tokens_per_second"] = error.message
+                missing |= dict.fromkeys((DECODE, MEMORY, TEXT_ENERGY), error.message)
     command = f"secateur export {shlex.quote(spec.model)} -o baseline-{name}.gguf --quantize {name}"
     return Trial(number, "complete", {}, command, values, name=name, missing=missing)
 
 
-def _decode_in_llama_cpp(file: Path, setup: Setup) -> float:
+def _run_in_llama_cpp(file: Path, setup: Setup, missing: dict[str, str]) -> dict[str, float]:
+    """Speed, memory and, where the processor has a meter, energy."""
     if not is_installed():
         raise UnsupportedModelError(f"{PACKAGE} is not installed", hint=INSTALL)
-    context = len(setup.load["prompt"]) + NEW_TOKENS + 16
-    with LlamaCpp(file, context=context, threads=torch.get_num_threads(), exact=False) as worker:
-        request = {"tokens": setup.load["prompt"], "new_tokens": NEW_TOKENS, "runs": 1}
+    prompt = setup.load["prompt"]
+    meter, why = find_meter()
+    speeds: list[float] = []
+    joules: list[float] = []
+    with LlamaCpp(file, context=len(prompt) + NEW_TOKENS + 16, threads=torch.get_num_threads(), exact=False) as worker:
+        request = {"tokens": prompt, "new_tokens": NEW_TOKENS, "runs": 1}
         worker.ask("speed", **request)
-        answers = [worker.ask("speed", **request)["decode_tokens_per_second"] for _ in range(ROUNDS)]
-    return float(statistics.median(answers))
+        memory = worker.ask("resident")
+        for _ in range(ROUNDS):
+            if meter is not None:
+                meter.start()
+            speeds.append(float(worker.ask("speed", **request)["decode_tokens_per_second"]))
+            if meter is not None:
+                joules.append(meter.joules() / (len(prompt) + NEW_TOKENS))
+    found = {DECODE: statistics.median(speeds), MEMORY: memory["bytes_resident"] - memory["bytes_resident_before"]}
+    if joules:
+        return {**found, TEXT_ENERGY: statistics.median(joules)}
+    missing[TEXT_ENERGY] = why
+    return found
 
 
 def _keep(store: Store, trial: Trial, kept: list[Trial], started: float) -> None:

@@ -18,10 +18,11 @@ from secateur.corpus.load import DEFAULT_PROMPT
 from secateur.corpus.windows import windows
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
-from secateur.engine.device import parse_dtype
+from secateur.engine.device import parse_dtype, resolve_device
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import CalibrationError, SecateurError, StudyError, UnsupportedModelError
 from secateur.measure.classify import check_classifier
+from secateur.measure.energy import find_meter
 from secateur.measure.texts import tokenise
 from secateur.plugins import ExpertCriterion, Method, check_chooser, make_chooser
 from secateur.progress import Reporter
@@ -35,7 +36,7 @@ from secateur.study.spec import StudySpec
 from secateur.study.speed import SENTENCES, Load
 from secateur.study.storing import BITS
 from secateur.study.texts import Texts, read_examples, read_texts
-from secateur.study.values import SPEED, Reach, check_constraints
+from secateur.study.values import ENERGY, SPEED, Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
 from secateur.verbs.convert import check_conversion, make_conversion
 from secateur.verbs.dividing import measuring_rule
@@ -126,6 +127,7 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
     Raises:
         SecateurError: for whatever would make the study, or all trials of a setting, impossible.
     """
+    _check_meter(spec)
     texts = read_texts(spec) if spec.task == "language" else None
     source = open_source(spec.model, reporter=reporter)
     check_model_folder(source.folder)
@@ -194,6 +196,17 @@ def _classes(spec: StudySpec, skeleton: transformers.PreTrainedModel) -> list[st
             f"{name} has no class with a head for labels that can be fine-tuned", hint="take an encoder or a decoder"
         )
     return None
+
+
+def _check_meter(spec: StudySpec) -> None:
+    """Refuse to weigh an energy that nothing here can measure."""
+    name = ENERGY[spec.task]
+    if name in spec.wanted:
+        meter, why = find_meter(str(resolve_device(str(spec.fixed.get("device", "auto")))))
+        if meter is None:
+            raise StudyError(
+                f"{name} cannot be measured here: {why}", hint="leave it out, or run the study where there is a meter"
+            )
 
 
 def _check_labels(spec: StudySpec, texts: Texts, skeleton: transformers.PreTrainedModel) -> None:

@@ -30,6 +30,8 @@ QUANTITIES: dict[Task, dict[str, Direction]] = {
         "nll_per_token": "minimize",
         **_COUNTED,
         "decode_tokens_per_second": "maximize",
+        "bytes_resident": "minimize",
+        "joules_per_token": "minimize",
     },
     "labels": {
         "accuracy": "maximize",
@@ -41,10 +43,12 @@ QUANTITIES: dict[Task, dict[str, Direction]] = {
 }
 """For each task everything that can be an objective or have a limit, and which way is better."""
 QUALITY = ("perplexity", "nll_per_token", "accuracy")
+SIZES = ("bytes_disk", "bytes_resident")
 FLOPS = ("flops_per_token", "sparse_flops_per_token")
-SPEED = ("decode_tokens_per_second", "sentences_per_second", "sentences_per_second_batch_32",
-         "joules_per_thousand_sentences")  # fmt: skip
-"""What is measured by running a model for its time or energy, and only when it is asked for."""
+ENERGY: dict[Task, str] = {"language": "joules_per_token", "labels": "joules_per_thousand_sentences"}
+SPEED = ("decode_tokens_per_second", "bytes_resident", "sentences_per_second", "sentences_per_second_batch_32",
+         *ENERGY.values())  # fmt: skip
+"""What is measured by running a model for its time, memory or energy, and only when it is asked for."""
 COSTLY = (*QUALITY, *SPEED, "seconds")
 """What is not known yet when a model was made and its size counted."""
 
@@ -133,13 +137,13 @@ def parse_constraint(text: Any, task: Task = "language") -> Constraint:
         number = number if factor else None
     else:
         number = _number(said)
-        if number is None and name == "bytes_disk" and (size := parse_size(said)) is not None:
+        if number is None and name in SIZES and (size := parse_size(said)) is not None:
             number = float(size)
     if number is None:
         raise StudyError(
             f"constraint '{text}': '{said}' is no value of {name}",
             hint="give a number, times the dense model's (1.1x), more or less than the dense model's (dense - 0.01), "
-            "or for bytes_disk a size (150MB)",
+            "or for bytes_disk and bytes_resident a size (150MB)",
         )
     if name == "sparsity" and factor:
         raise StudyError(f"constraint '{text}': the dense model's sparsity is no measure", hint="for example 0.5")

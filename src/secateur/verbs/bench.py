@@ -19,7 +19,7 @@ from secateur.checkpoint.source import open_source
 from secateur.corpus.load import load_text
 from secateur.engine.device import parse_dtype, resolve_device
 from secateur.errors import UsageError
-from secateur.measure.compare import interval_of_ratios
+from secateur.measure.compare import RESIDENT, Ratio, interval_of_ratios
 from secateur.measure.energy import Carbon, carbon_of, find_meter
 from secateur.measure.in_turn import Load, Measurement, measure_in_turn
 from secateur.measure.llama_cpp import PACKAGE as LLAMA_CPP
@@ -28,7 +28,7 @@ from secateur.progress import Recorder, Reporter
 from secateur.result import write_json
 from secateur.runtime import kernels
 from secateur.runtime.ops import TOKENS
-from secateur.verbs.bench_entries import QUANTISED, Entry, quantised, source_of, stored
+from secateur.verbs.bench_entries import QUALITIES, QUANTISED, Entry, quantised, source_of, stored
 from secateur.verbs.bench_verdict import bench_sentences
 from secateur.verbs.memory import as_source
 from secateur.verbs.provenance import machine, versions
@@ -38,7 +38,7 @@ WINDOWS = 12
 SURE = 0.95
 """Coverage of an interval from which a difference may be claimed: six rounds."""
 SAME_QUALITY = 0.005
-"""Perplexities that differ by less are told as the same, however sure the difference is."""
+"""Qualities that differ by less are told as the same, however sure the difference is."""
 _SIZES = ("parameters", "nonzero", "bytes_disk", "bytes_resident", "flops_per_token", "sparse_flops_per_token")
 _SPEEDS = ("prefill_tokens_per_second", "decode_tokens_per_second", "decode_tokens_per_second_batch_8",
            "seconds_to_first_token", "joules_per_token")  # fmt: skip
@@ -107,9 +107,9 @@ def bench(
         failed: list[Quantities] = []
         if baselines:
             name, source = (dense.name, dense.source) if plain else source_of(entries[0].name, first, recorder)
-            known = {(one.source.folder, one.format) for one in entries}
+            there = {(one.source.folder, one.format) for one in entries}
             added = [stored(name, source, one) for one in ("float32", "bfloat16")]
-            entries += [one for one in added if (one.source.folder, one.format) not in known]
+            entries += [one for one in added if (one.source.folder, one.format) not in there]
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="secateur-")))
             made, failed = _quantised(name, source, scratch, recorder)
             entries += made
@@ -118,16 +118,18 @@ def bench(
             entry.find_kernels(where.type)
         cut = sequence_length or min(1024, *(one.longest for one in entries))
         if text is not None:
-            for entry in entries:
+            known = entries[0].measure_quality(text, cut, WINDOWS, where, recorder)
+            for entry in entries[1:]:
                 if entry.cuts_like(entries[0]):
                     entry.measure_quality(text, cut, WINDOWS, where, recorder)
                 else:
                     why = "its tokenizer has another vocabulary: loss per token cannot be compared"
                     entry.quantities.missing["perplexity"] = why
-                    recorder.warn(f"perplexity of {entry.name} was not measured: {why}")
+                    recorder.note(f"{entry.name} is compared by bits per byte, not by perplexity: {why}")
+                    entry.measure_passages(known, where, recorder)
         else:
             for entry in entries:
-                entry.quantities.missing["perplexity"] = "not asked for"
+                entry.quantities.missing |= dict.fromkeys(QUALITIES, "not asked for")
         meter, why = find_meter(where.type)
         count = threads or torch.get_num_threads()
         load = Load(_prompt(entries, text.text if text else None, prompt_tokens, new_tokens), new_tokens)
@@ -141,8 +143,7 @@ def bench(
                 "speed": f"greedy, key-value cache; prompt of {len(load.tokens)} tokens, {new_tokens} new ones; batch "
                 f"{load.batch}: prompt of {max(1, len(load.tokens) // load.batch)}; median of {rounds} rounds, all "
                 "models in turn, each in a process of its own",
-                "resident": "resident memory of a fresh process after it ran, less what it was before the weights "
-                "were loaded",
+                "resident": RESIDENT,
                 "energy": meter.source if meter is not None else why,
                 "perplexity": entries[0].protocol,
                 "operations": entries[0].counted,
@@ -228,6 +229,8 @@ def _result(
     for row, entry in zip(rows[1:], entries[1:], strict=True):
         if rows[0].perplexity and row.perplexity:
             ratio[row.label]["perplexity"] = quality_ratio(entries[0].by_window, entry.by_window)
+        elif entries[0].by_passage and entry.by_passage:
+            ratio[row.label]["bits_per_byte"] = _sure(interval_of_ratios(entry.by_passage, entries[0].by_passage))
     result = BenchResult(**vars(rows[0]))
     result.against = [*rows[1:], *failed]
     result.ratio = ratio
@@ -277,9 +280,13 @@ def quality_ratio(ours: Sequence[float], theirs: Sequence[float]) -> RatioResult
     Args:
         ours: nats per token in each window.
     """
-    found = interval_of_ratios(
-        [1.0] * len(ours), [math.exp(min(a - b, 700.0)) for a, b in zip(ours, theirs, strict=True)]
+    return _sure(
+        interval_of_ratios([1.0] * len(ours), [math.exp(min(a - b, 700.0)) for a, b in zip(ours, theirs, strict=True)])
     )
+
+
+def _sure(found: Ratio) -> RatioResult:
+    """A ratio of qualities, and whether it is beyond noise and more than nothing."""
     beyond = found.low > 1 or found.high < 1
     sure = found.coverage >= SURE and beyond and abs(found.median - 1) > SAME_QUALITY
     return RatioResult(found.median, found.low, found.high, found.coverage, sure)

@@ -21,13 +21,14 @@ from secateur.corpus.windows import windows
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
 from secateur.engine.skeleton import build_skeleton
-from secateur.errors import SecateurError, UnsupportedModelError, UsageError
+from secateur.errors import CalibrationError, SecateurError, UnsupportedModelError, UsageError
 from secateur.formats.gguf import GGUF, GGUFPlan, values_of
 from secateur.measure.compare import Worker
 from secateur.measure.flops import count_flops
 from secateur.measure.in_turn import Contender
 from secateur.measure.llama_cpp import LlamaCpp
 from secateur.measure.model import load_model
+from secateur.measure.per_byte import Passages, PerByte, of_passages, of_windows, passages
 from secateur.measure.perplexity import perplexity
 from secateur.measure.size import measure_size
 from secateur.packing.header import header_of
@@ -40,6 +41,8 @@ from secateur.verbs.inspect import zeros_of_matrices
 
 QUANTISED = ("q8_0", "q4_0")
 """Formats of llama.cpp that the dense model is compared in: 8 and 4 bits, with a scale for every 32 numbers."""
+QUALITIES = ("perplexity", "bits_per_byte")
+"""What is measured on a text."""
 
 
 @dataclass
@@ -63,6 +66,8 @@ class Entry:
     """How operations were counted."""
     by_window: tuple[float, ...] = ()
     """Nats per token in each window of the text."""
+    by_passage: tuple[float, ...] = ()
+    """Bits per byte in each of the same."""
 
     def __post_init__(self) -> None:
         self.quantities = Quantities(self.name, "llama.cpp" if self.file else "transformers", self.format)
@@ -141,28 +146,61 @@ class Entry:
             row.flops_per_token, row.sparse_flops_per_token = flops.per_token, flops.sparse_per_token
             self.counted = flops.protocol
 
-    def measure_quality(self, text: Text, length: int, count: int, device: torch.device, reporter: Reporter) -> None:
-        """Perplexity of a text; of a file of llama.cpp, with the numbers it holds, computed in float32."""
+    def measure_quality(
+        self, text: Text, length: int, count: int, device: torch.device, reporter: Reporter
+    ) -> Passages | None:
+        """Perplexity of a text; of a file of llama.cpp, with the numbers it holds, computed in float32.
+
+        Returns:
+            The passages it was measured on, where the tokenizer knows them and there is a perplexity.
+        """
         row = self.quantities
         if not has_language_head(self._skeleton):
-            row.missing["perplexity"] = f"{type(self._skeleton).__name__} has no language-model head"
-            return
+            why = f"{type(self._skeleton).__name__} has no language-model head"
+            row.missing |= dict.fromkeys(QUALITIES, why)
+            return None
         try:
             tokenizer = load_tokenizer(self.source.folder)
             cut = windows(text.text, tokenizer, length, None)[:count]
-            if self.file is not None:
-                model = self.float32_model(device.type)
-            else:
-                model = load_model(self.source.folder, device=device.type, dtype=self.dtype or self.format)
-            found = perplexity(model, cut, reporter=reporter)
+            found = perplexity(self._running(device), cut, reporter=reporter)
         except SecateurError as error:
-            row.missing["perplexity"] = error.message
+            row.missing |= dict.fromkeys(QUALITIES, error.message)
             reporter.warn(f"perplexity of {self.name} as {self.format} was not measured: {error.message}")
-            return
+            return None
         row.perplexity, self.by_window = found.perplexity, found.by_window
         if found.perplexity is None:
             row.missing["perplexity"] = f"it is beyond the largest number ({found.nll_per_token:.0f} nats per token)"
         self.protocol = perplexity_protocol(text.origin, cut)
+        try:
+            known = passages(text.text, tokenizer, length, len(cut))
+        except SecateurError as error:
+            row.missing["bits_per_byte"] = error.message
+            return None
+        self._take(of_windows(found.by_window, length, known))
+        return known
+
+    def measure_passages(self, found: Passages | None, device: torch.device, reporter: Reporter) -> None:
+        """Bits per byte of the passages that the windows of another vocabulary were; None where they are not known."""
+        row = self.quantities
+        try:
+            if found is None or not has_language_head(self._skeleton):
+                raise CalibrationError("the passages are not known, or it has no language-model head")
+            tokenizer = load_tokenizer(self.source.folder)
+            self._take(
+                of_passages(self._running(device), tokenizer, found.texts, longest=self.longest, reporter=reporter)
+            )
+        except SecateurError as error:
+            row.missing["bits_per_byte"] = error.message
+            reporter.warn(f"bits per byte of {self.name} as {self.format} were not measured: {error.message}")
+
+    def _take(self, found: PerByte) -> None:
+        self.by_passage = found.by_passage
+        self.quantities.bits_per_byte = found.bits_per_byte
+
+    def _running(self, device: torch.device) -> transformers.PreTrainedModel:
+        if self.file is not None:
+            return self.float32_model(device.type)
+        return load_model(self.source.folder, device=device.type, dtype=self.dtype or self.format)
 
     def float32_model(self, device: str) -> transformers.PreTrainedModel:
         """The model in transformers, with the numbers of the file where there is one."""

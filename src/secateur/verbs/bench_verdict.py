@@ -32,10 +32,15 @@ def _against(ours: Quantities, theirs: Quantities, ratio: dict[str, RatioResult]
     if "flops_per_token" in ratio:
         why = _why_operations(ratio["flops_per_token"], ratio.get("sparse_flops_per_token"))
         said.append(_exact("A token", "the operations", ratio["flops_per_token"], why))
-    if "perplexity" in ratio:
-        found = ratio["perplexity"]
+    named = next((name for name in ("perplexity", "bits_per_byte") if name in ratio), None)
+    if named is not None:
+        found = ratio[named]
         word = "worse" if found.median > 1 else "better"
-        values = f"perplexity {ours.perplexity:.2f} and {theirs.perplexity:.2f}"
+        one, other = getattr(ours, named), getattr(theirs, named)
+        bits = "bits per byte, as their vocabularies differ:"
+        values = (
+            f"{bits} {one:.3f} and {other:.3f}" if named != "perplexity" else f"perplexity {one:.2f} and {other:.2f}"
+        )
         beside = f"{values}; ratio of a window {found.median:.3f}, between {found.low:.3f} and {found.high:.3f}"
         same = f"{found.low:.2f}" == f"{found.high:.2f}" == "1.00"
         said.append(f"quality is {word} ({beside})." if found.differs else
@@ -122,26 +127,30 @@ def _why_speed(name: str, ours: Quantities, theirs: Quantities, found: RatioResu
 
 
 def _at_equal_bytes(result: BenchResult) -> list[str]:
-    """Which model to take when bytes are what counts: none other as small is as good, or which ones are."""
-    if result.perplexity is None or not result.bytes_disk:
+    """Which model to take when bytes are what counts: none other as small is as good, or which ones are.
+
+    By perplexity; where one of the models has another vocabulary, by bits per byte.
+    """
+    rows = [row for row in result.against if row.bytes_disk and (row.perplexity or row.bits_per_byte)]
+    named = "bits_per_byte" if any(row.perplexity is None for row in rows) else "perplexity"
+    own = getattr(result, named)
+    rows = [row for row in rows if getattr(row, named) is not None]
+    if own is None or not result.bytes_disk or not rows:
         return []
-    measured = [(row.bytes_disk, row.perplexity, row) for row in result.against if row.bytes_disk and row.perplexity]
-    if not measured:
-        return []
-    ours = _told(result.bytes_disk, result.perplexity)
-    named = f"{result.name} as {result.format}"
-    fitting = [one for one in measured if one[0] <= 1.02 * result.bytes_disk]
+    ours, whole = _told(result, named), f"{result.name} as {result.format}"
+    fitting = [row for row in rows if (row.bytes_disk or 0) <= 1.02 * result.bytes_disk]
     if not fitting:
-        nbytes, perplexity, row = min(measured, key=lambda one: one[0])
+        row = min(rows, key=lambda row: row.bytes_disk or 0)
         return [
-            f"At equal bytes {named} ({ours}) stands alone, which is no win: the smallest compared is {row.name} as "
-            f"{row.format} ({_told(nbytes, perplexity)})."
+            f"At equal bytes {whole} ({ours}) stands alone, which is no win: the smallest compared is {row.name} as "
+            f"{row.format} ({_told(row, named)})."
         ]
-    nbytes, perplexity, row = min(fitting, key=lambda one: one[1])
-    if perplexity >= result.perplexity:
-        return [f"At equal bytes {named} wins ({ours}): nothing compared is as small and better."]
-    return [f"At equal bytes {row.name} as {row.format} wins ({_told(nbytes, perplexity)}) over {named} ({ours})."]
+    row = min(fitting, key=lambda row: float(getattr(row, named)))
+    if getattr(row, named) >= own:
+        return [f"At equal bytes {whole} wins ({ours}): nothing compared is as small and better."]
+    return [f"At equal bytes {row.name} as {row.format} wins ({_told(row, named)}) over {whole} ({ours})."]
 
 
-def _told(nbytes: int, perplexity: float) -> str:
-    return f"{nbytes / 1e6:,.1f} MB, perplexity {perplexity:.2f}"
+def _told(row: Quantities, named: str) -> str:
+    value = f"perplexity {row.perplexity:.2f}" if named == "perplexity" else f"{row.bits_per_byte:.3f} bits per byte"
+    return f"{(row.bytes_disk or 0) / 1e6:,.1f} MB, {value}"
