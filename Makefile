@@ -44,6 +44,11 @@ $(VENV)/dev: $(VENV)/secateur
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Where it is installed, transformers imports it whenever a model is loaded: its tests run by themselves.
+$(VENV)/apart: constraints.txt $(VENV)/dev
+	$(PIP) install --no-deps --target $@ --upgrade "$$(grep '^torchao==' constraints.txt)"
+	@touch $@
+
 install: $(VENV)/secateur ## Install secateur into .venv
 
 kernels: $(VENV)/secateur ## Build the CPU kernels and install them into .venv; needs a C++ compiler
@@ -69,8 +74,9 @@ demo: $(VENV)/secateur ## Prune a real model twice, half of its weights and a fi
 	  $(BIN)/secateur bench $(OUT)-smaller --against demo --against $(OUT) $$packed --rounds 6 -o $(OUT).json --overwrite
 	$(BIN)/secateur report $(OUT) $(OUT)-smaller $(OUT).json -o $(OUT).html --samples 2 --sequence-length 256 --overwrite
 
-test: $(VENV)/dev ## Run all tests
+test: $(VENV)/dev $(VENV)/apart ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/apart $(BIN)/python -m pytest -q -m torchao tests/formats tests/study tests/verbs
 
 lint: $(VENV)/dev ## Style, types, import layers, generated docs
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ BAD = {
     ),
     "windows": ({"data": {**DATA, "windows": 4}}, StudyError, "windows has no meaning"),
     "no test data": ({"data": {"calibration": "train", "choice": "dev"}}, StudyError, "test is missing"),
-    "baseline of llama.cpp": ({"baselines": ["q8_0"]}, StudyError, "take bfloat16"),
+    "baseline of llama.cpp": ({"baselines": ["q8_0"]}, StudyError, "take bfloat16 and torchao-8"),
     "stop without quality": ({"objectives": {"nonzero": "minimize"}, "stop": {}}, StudyError, "needs accuracy"),
     "stop by a limit from above": (
         {"objectives": {"nonzero": "minimize"}, "constraints": ["accuracy <= 0.5"], "stop": {}}, StudyError, "stop",
@@ -75,10 +75,11 @@ def test_several_models_are_studies_of_their_own(tmp_path):
 def test_the_classifier_study_is_read_and_every_setting_can_be_run():
     for spec in load_studies("classifier"):
         grid = list(spec.grid())
-        assert (spec.task, spec.minutes) == ("labels", 45)
+        assert (spec.task, spec.minutes) == ("labels", 30)
         structures = {one["structure"] for one in grid}
         assert structures >= {"none", "depth", "ffn", "heads"}
         assert {one["dtype"] for one in grid} == {"auto", "bfloat16"}
+        assert {one.get("format", "hf") for one in grid} == {"hf", "sparse-8", "torchao-8"}
         assert {one["recovery"] == "none" for one in grid} == {True, False}
         assert [one.text for one in spec.constraints] == ["accuracy >= dense - 0.01"]
 

@@ -11,6 +11,8 @@ import torch
 
 import secateur
 from secateur.cli.app import main
+from secateur.errors import MissingExtraError
+from secateur.formats.torchao import is_installed
 from secateur.study.run import run_study
 from tests.study.labelled import write_model_and_splits
 from tests.study.labelled import write_study as labelled_study
@@ -112,3 +114,44 @@ def test_a_classifier_in_few_bits_is_read_as_it_is_stored(tmp_path, monkeypatch)
     assert rounded.values["bytes_disk"] == sum(map(len, weights(rounded.out).values())) < plain.values["bytes_disk"]
     found = secateur.evaluate(rounded.out, files=[folder / "tiny-dev.jsonl"])
     assert rounded.values["accuracy"] == pytest.approx(next(iter(found.accuracy.values())))
+
+
+@pytest.mark.torchao
+@pytest.mark.skipif(not is_installed(), reason="torchao is not installed; make test runs this apart")
+def test_a_classifier_in_eight_bits_of_torchao_is_a_trial_and_a_baseline(tmp_path, monkeypatch):
+    folder = write_model_and_splits(tmp_path)
+    monkeypatch.setenv("SECATEUR_CACHE", str(folder / "cache"))
+    for module in ("share", "trial", "baselines"):
+        name = "prune" if module == "share" else "export"
+        quick = functools.partial(getattr(secateur, name), verify=False)
+        monkeypatch.setattr(f"secateur.study.{module}.{name}", quick)
+    result = run_study(
+        labelled_study(
+            folder, space={"structure": "ffn", "sparsity": 0.3, "format": ["hf", "torchao-8"]}, keep="all",
+            baselines=["torchao-8"], fixed={"round-to": 8}, speed="asked",
+        )
+    )  # fmt: skip
+    dense, whole = result.baselines
+    plain, rounded = result.trials
+    assert [trial.state for trial in result.trials] == ["complete"] * 2, [trial.reason for trial in result.trials]
+    assert whole.values["bytes_disk"] < dense.values["bytes_disk"]
+    assert rounded.values["bytes_disk"] < min(plain.values["bytes_disk"], whole.values["bytes_disk"])
+    for name in ("parameters", "nonzero", "sparsity", "flops_per_token"):
+        assert whole.values[name] == dense.values[name]
+        assert rounded.values[name] == plain.values[name]
+    assert whole.values["accuracy"] >= dense.values["accuracy"] - 0.1
+    assert whole.command.endswith("-o baseline-torchao-8 --format torchao")
+    assert rounded.command.endswith("-o trial-0001 --format torchao")
+    assert rounded.values["bytes_disk"] == sum(map(len, weights(rounded.out).values()))
+
+
+def test_a_study_that_needs_torchao_is_refused_without_it(tmp_path, monkeypatch):
+    folder = write_model_and_splits(tmp_path)
+    monkeypatch.setattr("secateur.study.storing.is_installed", lambda: False)
+    for asked in (
+        {"baselines": ["torchao-8"]},
+        {"space": {"method": "magnitude", "sparsity": 0.3, "format": "torchao-8"}},
+    ):
+        with pytest.raises(MissingExtraError, match="torchao-8 needs torchao"):
+            run_study(labelled_study(folder, **asked))
+    assert not (folder / "tiny.db").exists()

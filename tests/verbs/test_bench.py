@@ -11,6 +11,7 @@ import torch
 import secateur
 from secateur.bench_result import BenchResult, Quantities, RatioResult
 from secateur.errors import OutputError, SourceError, UnsupportedModelError, UsageError
+from secateur.formats import torchao
 from secateur.measure.llama_cpp import is_installed
 from secateur.verbs.bench import efficiency, quality_ratio
 from secateur.verbs.bench_verdict import bench_sentences
@@ -68,13 +69,36 @@ def test_baselines_are_the_dense_model_in_other_formats(result, folders):
     whole = rows[dense, "transformers", "float32"]
     assert half.bytes_disk == 2 * half.parameters
     assert half.perplexity == pytest.approx(whole.perplexity, rel=0.02)
-    assert len(rows) == len(result.against) == 4  # the dense float32 model was there already
+    # The dense float32 model was there already; without llama.cpp there is a row that says what torchao lacks.
+    assert len(rows) == len(result.against) == (4 if is_installed() else 5)
     if is_installed():
         eight, four = (rows[dense, "llama.cpp", kind] for kind in ("q8_0", "q4_0"))
         assert four.bytes_disk < eight.bytes_disk < half.bytes_disk
         assert eight.perplexity == pytest.approx(whole.perplexity, rel=0.02)
         assert eight.decode_tokens_per_second > 0
         assert eight.bytes_resident > 0
+
+
+@pytest.mark.torchao
+@pytest.mark.skipif(not torchao.is_installed(), reason="torchao is not installed; make test runs this apart")
+def test_what_llama_cpp_does_not_know_is_rounded_by_torchao(tmp_path):
+    folder = save_tiny(tmp_path / "bert", "bert")
+    tiny_tokenizer().save_pretrained(folder)
+    found = secateur.bench(folder, baselines=True, **QUICK)
+    (eight,) = [row for row in found.against if row.format == "torchao int8"]
+    assert eight.bytes_disk < found.bytes_disk
+    assert eight.prefill_tokens_per_second > 0
+    assert (eight.parameters, eight.nonzero) == (found.parameters, found.nonzero)
+    assert eight.label in found.ratio
+
+
+def test_without_torchao_the_row_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchao, "is_installed", lambda: False)
+    folder = save_tiny(tmp_path / "bert", "bert")
+    tiny_tokenizer().save_pretrained(folder)
+    found = secateur.bench(folder, baselines=True, **QUICK)
+    (eight,) = [row for row in found.against if row.format == "torchao int8"]
+    assert eight.missing == {"everything": "--format torchao needs torchao"}
 
 
 def test_everything_not_measured_has_its_reason(result):

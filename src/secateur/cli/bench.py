@@ -26,7 +26,8 @@ Baselines = Annotated[
     typer.Option(
         "--baselines",
         help="Compare with what one would otherwise take: the dense model in float32, bfloat16 and, in llama.cpp, with "
-        "8 and 4 bits. The dense model is the first --against, else the one MODEL was made from, else MODEL.",
+        "8 and 4 bits; with 8 in torchao where llama.cpp does not know it. The dense model is the first --against, "
+        "else the one MODEL was made from, else MODEL.",
     ),
 ]
 Data = Annotated[

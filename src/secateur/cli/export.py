@@ -16,12 +16,12 @@ _GGUF, _SPARSE = (
     {option.name: option.help for option in describe("formats", name, "format").options} for name in ("gguf", "sparse")
 )
 SPARSE_PANEL = "With --format sparse"
-FOLDERS = frozenset({"sparse", "hf"})
+FOLDERS = frozenset({"sparse", "torchao", "hf"})
 
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--out", "-o", show_default="MODEL.gguf, MODEL-sparse or MODEL-hf in the current folder",
+        "--out", "-o", show_default="MODEL.gguf, or MODEL-sparse and the like, in the current folder",
         rich_help_panel=OUTPUT_PANEL, help="File or folder to write.",
     ),
 ]  # fmt: skip

@@ -35,7 +35,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -143,7 +143,7 @@ class Server:
 
         Weights are mapped from their file: until a page is looked at it takes no memory, so each is looked at first.
         """
-        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+        for tensor in _pieces([*self.model.parameters(), *self.model.buffers()]):
             if tensor.device.type == "cpu":
                 tensor.detach().reshape(-1)[:: max(1, 4096 // tensor.element_size())].sum()
         return {"bytes_resident_before": self.before, "bytes_resident": held_bytes(self.device)}
@@ -244,6 +244,15 @@ class Server:
     def _check_decoder(self) -> None:
         if self.model.config.is_encoder_decoder or not self.model.can_generate():
             raise TypeError(f"{type(self.model).__name__} does not decode token by token")
+
+
+def _pieces(tensors: Iterable[Any]) -> Iterator[Any]:
+    """Plain tensors: of one that is made of several (rounded numbers and their scales) these."""
+    for tensor in tensors:
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from _pieces(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
 
 
 def _first(*values: int | None) -> int | None:

@@ -26,9 +26,11 @@ from secateur.study.quality import Quality, Windows, dense_quality, quality
 from secateur.study.setup import Setup
 from secateur.study.speed import DECODE, MEMORY, NEW_TOKENS, TEXT_ENERGY, Speed, dense_speed, trial_speed
 from secateur.study.store import Store
+from secateur.study.storing import STORED, export_command
 from secateur.study.values import meets, violations
 from secateur.study_result import Trial
 from secateur.verbs.bench_entries import QUANTISED, quantised
+from secateur.verbs.export import export
 from secateur.verbs.prune import prune
 
 ROUNDS = 6
@@ -79,24 +81,11 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
         # Nothing goes, only the number format changes.
         if name in QUANTISED:
             made = _quantised(-number, name, setup, first, reporter)
-            if made is not None:
-                made.meets = _meets(made, kept, setup)
-                _keep(store, made, kept, started)
-            continue
-        recipe = Recipe.from_dict({"method": "magnitude", "sparsity": 0.0, "dtype": name})
-        folder = spec.out / f"baseline-{name}"
-        command = command_line(setup.model, recipe, None, folder.name, reads_text=False)
-        OutputFolder(folder, overwrite=True)
-        prune(setup.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
-        measured = quality(folder, setup.exam("choice"), first=first, device=setup.device, reporter=reporter)
-        speed = Speed() if setup.finalist_load is None else trial_speed(
-            setup.finalist_load, setup.source.folder, folder, kept[0].values, setup.device, reporter
-        )  # fmt: skip
-        trial = _trial(-number, name, command, measured, folder, setup, speed)
-        trial.meets = _meets(trial, kept, setup)
-        _keep(store, trial, kept, started)
-        if spec.keep != "all":
-            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            made = _stored(-number, name, setup, first, kept[0], reporter)
+        if made is not None:
+            made.meets = _meets(made, kept, setup)
+            _keep(store, made, kept, started)
     dense_trial = next(one for one in kept if one.name == "dense")
     return Dense(
         dense_trial.values, float(store.get("dense_first")),
@@ -108,6 +97,32 @@ def measure_baselines(setup: Setup, store: Store, first: int, reporter: Reporter
 def _meets(trial: Trial, kept: Sequence[Trial], setup: Setup) -> bool | None:
     dense = next(one for one in kept if one.name == "dense").values
     return meets(violations(setup.spec.constraints, trial.values, dense))
+
+
+def _stored(number: int, name: str, setup: Setup, first: int, dense: Trial, reporter: Reporter) -> Trial:
+    """The dense model in a folder of another number format."""
+    spec = setup.spec
+    folder = spec.out / f"baseline-{name}"
+    OutputFolder(folder, overwrite=True)
+    if name in STORED:
+        command = export_command(setup.model, folder.name, name)
+        export(setup.model, folder, overwrite=True, reporter=reporter, **STORED[name])
+    else:
+        recipe = Recipe.from_dict({"method": "magnitude", "sparsity": 0.0, "dtype": name})
+        command = command_line(setup.model, recipe, None, folder.name, reads_text=False)
+        prune(setup.model, folder, recipe=recipe, evaluate=False, overwrite=True, reporter=reporter)
+    measured = quality(folder, setup.exam("choice"), first=first, device=setup.device, reporter=reporter)
+    speed = Speed() if setup.finalist_load is None else trial_speed(
+        setup.finalist_load, setup.source.folder, folder, dense.values, setup.device, reporter
+    )  # fmt: skip
+    trial = _trial(number, name, command, measured, folder, setup, speed)
+    if name in STORED:  # rounded numbers and their scales are no parameters; counted are those that they stand for
+        names = ("parameters", "nonzero", "sparsity", "flops_per_token", "sparse_flops_per_token")
+        trial.values |= {one: dense.values.get(one) for one in names}
+        trial.missing |= {one: why for one, why in dense.missing.items() if one in names}
+    if spec.keep != "all":
+        shutil.rmtree(folder, ignore_errors=True)
+    return trial
 
 
 def _quantised(number: int, name: str, setup: Setup, first: int, reporter: Reporter) -> Trial | None:
@@ -181,7 +196,7 @@ def _trial(number: int, name: str, command: str, found: Quality, folder: Path, s
         "nonzero": size.nonzero,
         "sparsity": size.zeros_of_keys / total if total else 0.0,
     }
-    counted, missing = measure_flops(folder, {})
+    counted, missing = measure_flops(setup.source.folder, {})  # the same in every number format
     trial = Trial(number, "complete", {}, command, values | counted, name=name, missing=missing)
     trial.intervals |= {key: list(ends) for key, ends in found.intervals.items()}
     trial.values |= speed.values

@@ -9,7 +9,7 @@ from typing import Any
 
 from secateur.recipe import Recipe, is_default
 from secateur.study.conversion import Conversion
-from secateur.study.storing import BITS, HF, export_command, unstored_folder
+from secateur.study.storing import HF, STORED, export_command, unstored_folder
 from secateur.training import Training
 from secateur.verbs.convert import SETTINGS
 
@@ -40,8 +40,8 @@ def command_line(
         said += " && " + shlex.join(
             ["secateur", "recover", made, "-o", whole, *dense, *recover_flags(training), "--no-evaluate"]
         )
-    if format in BITS:
-        said += " && " + export_command(out, format)
+    if format in STORED:
+        said += " && " + export_command(whole, out, format)
     return said
 
 

@@ -15,6 +15,7 @@ from secateur.study.conversion import unfit_for
 from secateur.study.recoveries import NONE, read_training
 from secateur.study.space import CONVERT, KEYS, Space, read_space
 from secateur.study.spec import FIXED, Data, Resources, Stop, StudySpec, looked_at, means_something
+from secateur.study.storing import TORCHAO
 from secateur.study.values import (
     QUALITY,
     TASKS,
@@ -29,7 +30,8 @@ from secateur.study.values import (
 BUILTIN = {"paper": "paper.yaml", "classifier": "classifier.yaml"}
 """Studies that come with the library."""
 SAMPLERS = ("grid", "tpe", "nsga2")
-BASELINES = ("bfloat16", "q8_0", "q4_0")
+LLAMA_CPP = ("q8_0", "q4_0")
+BASELINES = ("bfloat16", TORCHAO, *LLAMA_CPP)
 """What can be measured beside the dense model: other number formats, the last two as files of llama.cpp."""
 ACCURACY = Reach(0.0, 1.0, "a share of the texts")
 LOOKED_AT: dict[Task, int] = {"language": 2, "labels": 128}
@@ -179,10 +181,10 @@ def read_study(data: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
     for one in baselines:
         if one not in BASELINES:
             raise UnknownNameError("baseline", one, BASELINES)
-        if task == "labels" and one != "bfloat16":
+        if task == "labels" and one in LLAMA_CPP:
             raise StudyError(
                 f"{where}: baseline {one}: llama.cpp runs no text classifier that transformers would run alike",
-                hint="with task: labels take bfloat16",
+                hint=f"with task: labels take bfloat16 and {TORCHAO}",
             )
     spec = StudySpec(
         name=name, model=_place(text(values["model"], f"{where}: model"), folder),

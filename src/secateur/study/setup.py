@@ -34,7 +34,7 @@ from secateur.study.recoveries import NONE
 from secateur.study.space import CONVERT
 from secateur.study.spec import StudySpec
 from secateur.study.speed import SENTENCES, Load
-from secateur.study.storing import BITS
+from secateur.study.storing import STORED, TORCHAO, check_installed
 from secateur.study.texts import Texts, read_examples, read_texts
 from secateur.study.values import ENERGY, SPEED, Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
@@ -128,6 +128,8 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
         SecateurError: for whatever would make the study, or all trials of a setting, impossible.
     """
     _check_meter(spec)
+    asked = [*spec.baselines, *(name for space in spec.spaces for name in space.formats)]
+    check_installed(asked, f"study {spec.name}")
     texts = read_texts(spec) if spec.task == "language" else None
     source = open_source(spec.model, reporter=reporter)
     check_model_folder(source.folder)
@@ -287,8 +289,11 @@ def _reach(spec: StudySpec, reader: CheckpointReader, prunable: Mapping[str, int
     header = 1 << 20
     why = "number format and structures of the space; zeros alone make no file smaller"
     least = float(min(sizes))
-    if any({*space.formats} & {*BITS} for space in spec.spaces):
+    formats = {name for space in spec.spaces for name in space.formats}
+    if formats & {*STORED} - {TORCHAO}:
         least, why = total / 8, "a bit for every weight says where the zeros are"
+    elif TORCHAO in formats:
+        least, why = min(least, float(total)), "8 bits for every weight, and structures of the space"
     return {
         "bytes_disk": Reach(math.floor(least * smallest), max(sizes) + other + header, why),
         "parameters": Reach(math.floor(total * smallest), total, "structures of the space"),

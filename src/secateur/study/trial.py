@@ -21,7 +21,7 @@ from secateur.study.quality import difference, measuring
 from secateur.study.share import link_copy, made_once, make
 from secateur.study.speed import Load, trial_speed
 from secateur.study.stopping import Bar, exp, hopeless
-from secateur.study.storing import BITS, HF, options, unstored_folder
+from secateur.study.storing import HF, STORED, unstored_folder
 from secateur.training import Training
 from secateur.verbs.export import export
 from secateur.verbs.recover import recover
@@ -192,7 +192,7 @@ def _make(task: Task, outcome: Outcome, recorder: Recorder) -> tuple[Path, bool]
         result = make(folder, task.model, recipe, task.conversion, recorder)
     after = result["after"]
     outcome.values |= {name: after[name] for name in ("parameters", "nonzero")}
-    if task.format not in BITS:  # else they are those of another file, known once that is written
+    if task.format not in STORED:  # else they are those of another file, known once that is written
         outcome.values["bytes_disk"] = after["bytes_disk"]
     # A conversion puts other numbers where the weights were: what counts is how many of those are zero.
     outcome.values["sparsity"] = after["sparsity"] if task.conversion is not None else result["sparsity"]
@@ -213,8 +213,8 @@ def _finish(task: Task, made: Path, outcome: Outcome, recorder: Recorder) -> Pat
     elif made != out:
         shutil.rmtree(out, ignore_errors=True)
         link_copy(made, out)
-    if task.format in BITS:
-        made_small = export(out, task.out, format="sparse", overwrite=True, reporter=recorder, **options(task.format))
+    if task.format in STORED:
+        made_small = export(out, task.out, overwrite=True, reporter=recorder, **STORED[task.format])
         outcome.values["bytes_disk"] = made_small.bytes_disk
         shutil.rmtree(out, ignore_errors=True)
     return Path(task.out)

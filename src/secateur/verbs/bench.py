@@ -28,7 +28,7 @@ from secateur.progress import Recorder, Reporter
 from secateur.result import write_json
 from secateur.runtime import kernels
 from secateur.runtime.ops import TOKENS
-from secateur.verbs.bench_entries import QUALITIES, QUANTISED, Entry, quantised, source_of, stored
+from secateur.verbs.bench_entries import INT8, QUALITIES, QUANTISED, Entry, quantised, rounded, source_of, stored
 from secateur.verbs.bench_verdict import bench_sentences
 from secateur.verbs.memory import as_source
 from secateur.verbs.provenance import machine, versions
@@ -70,7 +70,8 @@ def bench(
         out: ``.json`` file that keeps the result, for `report`; None keeps none.
         against: models it is compared with; each round measures all of them, one after the other.
         baselines: add what a user would otherwise take: the dense model (the first of ``against``, else the one that
-            ``secateur.json`` names, else ``model``) in float32, bfloat16 and, in llama.cpp, with 8 and 4 bits.
+            ``secateur.json`` names, else ``model``) in float32, bfloat16 and, in llama.cpp, with 8 and 4 bits; with 8
+            bits in torchao where llama.cpp does not know it.
         data: text for the perplexity, see `secateur.corpus.load.load_text`; None leaves it out.
         sequence_length: tokens in a window of it; None is 1024, or what the models can take.
         prompt_tokens: tokens of the prompt before decoding is timed.
@@ -169,18 +170,26 @@ def _check(
 
 
 def _quantised(name: str, source: Any, scratch: Path, recorder: Recorder) -> tuple[list[Entry], list[Quantities]]:
-    """The dense model as files of llama.cpp, and rows with the reason for those that could not be made."""
+    """The dense model as files of llama.cpp, and rows with the reason for those that could not be made.
+
+    Where none could, it is rounded by torchao instead, which runs in transformers.
+    """
     made: list[Entry] = []
     failed: list[Quantities] = []
-    for kind in QUANTISED:
-        entry, why = quantised(name, source, kind, scratch, recorder) if is_installed() else (
-            None, f"{LLAMA_CPP} is not installed (pip install 'secateur[gguf]')"
-        )  # fmt: skip
+
+    def take(kind: str, runtime: str, entry: Entry | None, why: str) -> None:
         if entry is not None:
             made.append(entry)
         else:
-            failed.append(Quantities(name, "llama.cpp", kind, missing={"everything": why}))
+            failed.append(Quantities(name, runtime, kind, missing={"everything": why}))
             recorder.warn(f"the dense model as {kind} was not measured: {why}")
+
+    for kind in QUANTISED:
+        take(kind, "llama.cpp", *(quantised(name, source, kind, scratch, recorder) if is_installed() else (
+            None, f"{LLAMA_CPP} is not installed (pip install 'secateur[gguf]')"
+        )))  # fmt: skip
+    if not made:
+        take(INT8, "transformers", *rounded(name, source, scratch, recorder))
     return made, failed
 
 

@@ -23,6 +23,7 @@ from secateur.engine.blocks import find_structure
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import CalibrationError, SecateurError, UnsupportedModelError, UsageError
 from secateur.formats.gguf import GGUF, GGUFPlan, values_of
+from secateur.formats.torchao import TorchAO
 from secateur.measure.compare import Worker
 from secateur.measure.flops import count_flops
 from secateur.measure.in_turn import Contender
@@ -41,6 +42,8 @@ from secateur.verbs.inspect import zeros_of_matrices
 
 QUANTISED = ("q8_0", "q4_0")
 """Formats of llama.cpp that the dense model is compared in: 8 and 4 bits, with a scale for every 32 numbers."""
+INT8 = "torchao int8"
+"""What a model that llama.cpp does not know is compared in."""
 QUALITIES = ("perplexity", "bits_per_byte")
 """What is measured on a text."""
 
@@ -59,6 +62,8 @@ class Entry:
     file: Path | None = None
     """The ``.gguf`` file, for llama.cpp."""
     plan: GGUFPlan | None = None
+    rounded: Path | None = None
+    """The folder of torchao that it runs from."""
     quantities: Quantities = field(init=False)
     protocol: str = ""
     """Of the perplexity."""
@@ -128,6 +133,8 @@ class Entry:
         row.parameters, row.nonzero = size.parameters, size.nonzero
         if self.file is not None:
             row.bytes_disk = self.file.stat().st_size
+        elif self.rounded is not None:
+            row.bytes_disk = sum(path.stat().st_size for path in self.rounded.glob("*.safetensors"))
         elif self.packed:
             row.bytes_disk = size.bytes_disk
         else:
@@ -200,6 +207,8 @@ class Entry:
     def _running(self, device: torch.device) -> transformers.PreTrainedModel:
         if self.file is not None:
             return self.float32_model(device.type)
+        if self.rounded is not None:
+            return load_model(self.rounded, device=device.type)
         return load_model(self.source.folder, device=device.type, dtype=self.dtype or self.format)
 
     def float32_model(self, device: str) -> transformers.PreTrainedModel:
@@ -233,6 +242,8 @@ class Entry:
                 2 * file.stat().st_size,
             )  # fmt: skip
         folder, dtype = self.source.folder, self.dtype or self.format
+        if self.rounded is not None:
+            folder, dtype = self.rounded, "auto"
         needed = 2 * (self.quantities.bytes_disk or 0)
         return Contender(
             title, lambda: Worker(folder, dtype, device=device, threads=threads), "transformers", needed, self.decodes
@@ -273,6 +284,18 @@ def quantised(name: str, source: Source, kind: str, scratch: Path, reporter: Rep
     except SecateurError as error:
         return None, error.message
     return Entry(name, source, kind, file=file, plan=plan), ""
+
+
+def rounded(name: str, source: Source, scratch: Path, reporter: Reporter) -> tuple[Entry | None, str]:
+    """A model with weights and activations in 8 bits, in torchao, or None and why it could not be made."""
+    folder = scratch / INT8
+    try:
+        plan = TorchAO().plan(source, reporter)
+        folder.mkdir()
+        plan.write(folder, reporter)
+    except SecateurError as error:
+        return None, error.message
+    return Entry(name, source, INT8, rounded=folder), ""
 
 
 def source_of(name: str, source: Source, reporter: Reporter) -> tuple[str, Source]:

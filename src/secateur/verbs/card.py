@@ -41,6 +41,12 @@ def write_export_card(folder: Path, result: ExportResult) -> None:
     what = f"`{result.source['name']}`, written by [secateur](https://pypi.org/project/secateur/)"
     if result.format == "hf":
         lines = [f"{what}.", "", "It is an ordinary checkpoint: `AutoModel...from_pretrained` loads it."]
+    elif result.format == "torchao":
+        lines = [
+            f"{what} with the weights of its linear layers in 8 bits, and activations rounded to 8 bits as they come.",
+            "",
+            "transformers opens it where torchao is installed (`pip install torchao`): `AutoModel...from_pretrained`.",
+        ]
     else:
         lines = [
             f"{what} with its zeros left out: {result.bits_per_weight:.2f} bits for each weight of its blocks.",

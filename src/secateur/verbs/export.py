@@ -20,6 +20,7 @@ from secateur.errors import UnsupportedModelError
 from secateur.formats._base import Format, Plan
 from secateur.formats.gguf import GGUFPlan
 from secateur.formats.sparse import SparsePlan
+from secateur.formats.torchao import TorchAOPlan
 from secateur.layers.spec import is_converted
 from secateur.plugins import build, load_class
 from secateur.progress import Recorder, Reporter
@@ -47,8 +48,8 @@ def export(
     Args:
         model: a folder, hub id, ``.gguf`` file, ``demo``, or a model in memory (with its ``tokenizer``).
         out: file or folder to write.
-        format: name of a format, its options in ``options`` (``quantize="q8_0"``), or a format object. ``sparse`` and
-            ``hf`` write folders.
+        format: name of a format, its options in ``options`` (``quantize="q8_0"``), or a format object. ``sparse``,
+            ``torchao`` and ``hf`` write folders.
         overwrite: replace an existing OUT.
         verify: read the result back and compare it; run it where its program is installed.
 
@@ -137,7 +138,7 @@ def _run(plan: Plan, partial: Path, source: Source, kind: str, reporter: Reporte
     """What the program that reads the format makes of the result."""
     if isinstance(plan, GGUFPlan):
         return prove(plan, partial, kind, reporter)
-    if isinstance(plan, SparsePlan):
+    if isinstance(plan, SparsePlan | TorchAOPlan):
         return prove_sparse(plan, partial, source, reporter)
     return {}
 

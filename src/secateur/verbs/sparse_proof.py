@@ -1,4 +1,4 @@
-"""The proof of a folder in the sparse format: fresh processes open it and the model it was made from, and both answer.
+"""The proof of a folder in the sparse format or torchao's: fresh processes open it and its source, and both answer.
 
 What the file holds was compared number by number before; here it is seen that transformers loads it and computes.
 """
@@ -18,6 +18,7 @@ from secateur.engine.forward import probe_inputs
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import SecateurError, VerificationError
 from secateur.formats.sparse import SparsePlan
+from secateur.formats.torchao import TorchAOPlan
 from secateur.measure.compare import Worker
 from secateur.progress import Reporter
 
@@ -25,7 +26,7 @@ TOLERANCE = 1e-3
 """Largest difference of an output, as a share of the largest output, where no number was rounded."""
 
 
-def prove_sparse(plan: SparsePlan, folder: Path, source: Source, reporter: Reporter) -> dict[str, Any]:
+def prove_sparse(plan: SparsePlan | TorchAOPlan, folder: Path, source: Source, reporter: Reporter) -> dict[str, Any]:
     """Compare the outputs of both, in float32.
 
     Raises:
