@@ -22,7 +22,7 @@ import _common
 
 from secateur.checkpoint.cache import cache_folder
 
-SAMPLES, LENGTH, WINDOWS = 16, 1024, 12
+SAMPLES, LENGTH, WINDOWS = 16, 512, 12
 
 
 def main() -> None:

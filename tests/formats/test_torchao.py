@@ -92,6 +92,18 @@ def test_evaluating_it_is_near_the_model_it_was_made_from(exported):
     assert rounded != dense
 
 
+def test_generating_goes_on_from_it(exported):
+    _, out, _ = exported
+    assert secateur.generate(out, "abc", new_tokens=3)
+
+
+def test_without_the_library_a_folder_of_it_says_so(exported, monkeypatch):
+    _, out, _ = exported
+    monkeypatch.setattr("secateur.measure.model.is_installed", lambda: False)
+    with pytest.raises(MissingExtraError, match="torchao, which is not installed"):
+        secateur.evaluate(out)
+
+
 @pytest.mark.parametrize(("family", "dtype"), [("bert", torch.float32), ("qwen2", torch.bfloat16)])
 def test_other_families_and_number_formats(family, dtype, tmp_path):
     folder = save(tmp_path / "dense", family, dtype)

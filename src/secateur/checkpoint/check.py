@@ -21,13 +21,14 @@ WITH_CODE = ("config.json", "tokenizer_config.json", "processor_config.json", "p
 SHOWN = 3  # tensors named in a message
 
 
-def check_model_folder(folder: str | Path, *, packed: bool = False) -> dict[str, Any]:
+def check_model_folder(folder: str | Path, *, packed: bool = False, torchao: bool = False) -> dict[str, Any]:
     """Refuse a folder that is not a plain, whole model which stock transformers opens without running foreign code.
 
     Reads the configs and the headers of the weights, not the weights. Returns the content of config.json.
 
     Args:
         packed: a model in the sparse format will do as well.
+        torchao: and one that torchao has rounded.
 
     Raises:
         SourceError: no such folder, or no readable config.json.
@@ -54,10 +55,11 @@ def check_model_folder(folder: str | Path, *, packed: bool = False) -> dict[str,
     elif header is None and config.get("quantization_config"):
         method = config["quantization_config"]
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
-        raise UnsupportedModelError(
-            f"{folder} is quantised ({method}); pruning needs plain floating-point weights",
-            hint="use the model it was made from, or a dequantised copy",
-        )
+        if not (torchao and method == "torchao"):
+            raise UnsupportedModelError(
+                f"{folder} is quantised ({method}); pruning needs plain floating-point weights",
+                hint="use the model it was made from, or a dequantised copy",
+            )
     if (folder / "adapter_config.json").exists():
         raise UnsupportedModelError(
             f"{folder} holds an adapter (adapter_config.json) beside the weights: both together are the model",

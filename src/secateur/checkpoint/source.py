@@ -72,7 +72,9 @@ def _path(model: str | Path) -> Path:
         ) from None
 
 
-def open_source(model: str | Path, *, reporter: Reporter | None = None, packed: bool = False) -> Source:
+def open_source(
+    model: str | Path, *, reporter: Reporter | None = None, packed: bool = False, torchao: bool = False
+) -> Source:
     """Find a model, fetch or convert it when that is needed, and check it.
 
     ``demo`` and ``demo-encoder`` are always the demo models; a folder of that name is ``./demo``. A hub id may end in a
@@ -80,6 +82,7 @@ def open_source(model: str | Path, *, reporter: Reporter | None = None, packed: 
 
     Args:
         packed: a model in the sparse format will do as well.
+        torchao: and one that torchao has rounded.
 
     Raises:
         SourceError: when it cannot be found, fetched or opened (and what ``check_model_folder`` raises).
@@ -92,7 +95,7 @@ def open_source(model: str | Path, *, reporter: Reporter | None = None, packed: 
     if text == demo.ENCODER.name:
         return _plain(text, "demo", demo.encoder_folder(reporter=reporter), None)
     if text and path.is_dir():
-        return _plain(path.resolve().name, "folder", path.resolve(), None, packed=packed)
+        return _plain(path.resolve().name, "folder", path.resolve(), None, packed=packed, torchao=torchao)
     if path.is_file():
         if path.name in ("config.json", "model.safetensors", "model.safetensors.index.json"):
             raise SourceError(f"{path} is one file of a model", hint=f"give its folder: {path.parent}")
@@ -107,7 +110,7 @@ def open_source(model: str | Path, *, reporter: Reporter | None = None, packed: 
         raise SourceError(
             f"no such file or folder: {text}", hint=f"give the folder of a model, a hub id, a .gguf file or {DEMOS}"
         )
-    return _from_hub(text, reporter, packed=packed)
+    return _from_hub(text, reporter, packed=packed, torchao=torchao)
 
 
 def _converted(name: str, kind: Literal["gguf", "demo"], folder: Path) -> Source:
@@ -117,9 +120,10 @@ def _converted(name: str, kind: Literal["gguf", "demo"], folder: Path) -> Source
 
 
 def _plain(
-    name: str, kind: Literal["folder", "hub", "demo"], folder: Path, revision: str | None, *, packed: bool = False
-) -> Source:
-    check_model_folder(folder, packed=packed)
+    name: str, kind: Literal["folder", "hub", "demo"], folder: Path, revision: str | None, *, packed: bool = False,
+    torchao: bool = False,
+) -> Source:  # fmt: skip
+    check_model_folder(folder, packed=packed, torchao=torchao)
     sizes: Counter[str] = Counter()
     with CheckpointReader(folder) as reader:
         for key in reader.keys:
@@ -130,7 +134,7 @@ def _plain(
     return Source(name, kind, folder, nbytes, f"safetensors {widest}", revision)
 
 
-def _from_hub(text: str, reporter: Reporter, *, packed: bool) -> Source:
+def _from_hub(text: str, reporter: Reporter, *, packed: bool, torchao: bool) -> Source:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -164,7 +168,7 @@ def _from_hub(text: str, reporter: Reporter, *, packed: bool) -> Source:
     except (OSError, ValueError, RuntimeError) as error:
         raise _unreachable(name, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     found = Path(folder)
-    return _plain(name, "hub", found, found.name, packed=packed)
+    return _plain(name, "hub", found, found.name, packed=packed, torchao=torchao)
 
 
 def _unreachable(name: str, reason: str) -> SourceError:

@@ -202,17 +202,28 @@ def _compare(path: Path, key: str, made: CheckpointReader, source: CheckpointRea
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither progress of the loader, nor torchao's list of the extensions that are for other machines."""
-    told = transformers.utils.logging
-    was_on = told.is_progress_bar_enabled()
-    told.disable_progress_bar()
-    own = logging.getLogger(PACKAGE)
-    level = own.level
-    own.setLevel(logging.ERROR)
+def quiet_import() -> Iterator[None]:
+    """Without torchao's list of the extensions that are for other machines, and what torch says of its enumerations."""
+    own = [logging.getLogger(name) for name in (PACKAGE, "torch.utils._pytree")]
+    levels = [one.level for one in own]
+    for one in own:
+        one.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        own.setLevel(level)
+        for one, level in zip(own, levels, strict=True):
+            one.setLevel(level)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress is told through a reporter, not by libraries."""
+    told = transformers.utils.logging
+    was_on = told.is_progress_bar_enabled()
+    told.disable_progress_bar()
+    try:
+        with quiet_import():
+            yield
+    finally:
         if was_on:
             told.enable_progress_bar()

@@ -11,7 +11,8 @@ from typing import Any
 import transformers
 
 from secateur.engine.device import parse_dtype, resolve_device
-from secateur.errors import UnsupportedModelError
+from secateur.errors import MissingExtraError, UnsupportedModelError
+from secateur.formats.torchao import INSTALL, PACKAGE, is_installed, quiet_import
 from secateur.runtime import hook
 
 
@@ -25,6 +26,7 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
     Raises:
         UsageError: for an unknown device or dtype.
         UnsupportedModelError: when transformers has no class of the name in config.json.
+        MissingExtraError: for a model of torchao where that is not installed.
     """
     where = resolve_device(device)
     parse_dtype(dtype, "dtype")
@@ -35,8 +37,11 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} has no class {name}", hint="a newer transformers may have it"
         )
+    rounded = (config.get("quantization_config") or {}).get("quant_method") == PACKAGE
+    if rounded and not is_installed():
+        raise MissingExtraError(f"{folder} holds numbers of torchao, which is not installed", hint=INSTALL)
     hook.install()
-    with quiet_loading():
+    with quiet_loading(), quiet_import() if rounded else contextlib.nullcontext():
         # Given, so that a converted folder is opened by the config of its architecture.
         known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         model = stock.from_pretrained(folder, config=known, dtype=dtype, local_files_only=True, use_safetensors=True)

@@ -100,11 +100,11 @@ def evaluate(
     contents = read_files(files)
     text = None if data is None else load_text(data, "measure")  # before the model, which takes longer to open
     paragraphs = _paragraphs(text) if text is not None and against is not None else []
-    dense = None if against is None else open_source(against, reporter=reporter, packed=True)
+    dense = None if against is None else open_source(against, reporter=reporter, packed=True, torchao=True)
     folder = None
     if isinstance(model, str | Path):
         name = str(model)
-        folder = open_source(model, reporter=reporter, packed=True).folder
+        folder = open_source(model, reporter=reporter, packed=True, torchao=True).folder
         tokenizer = tokenizer or load_tokenizer(folder)
         opened = load_model(folder, device=device, dtype=dtype)
     else:

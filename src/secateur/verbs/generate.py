@@ -54,7 +54,7 @@ def generate(
     if seed and not temperature and reporter is not None:
         reporter.warn("--seed has no effect: without a temperature nothing is drawn")
     if isinstance(model, str | Path):
-        source = open_source(model, reporter=reporter, packed=True)
+        source = open_source(model, reporter=reporter, packed=True, torchao=True)
         opened = load_model(source.folder, device=device, dtype=dtype)
         tokenizer = tokenizer or load_tokenizer(source.folder)
     else:
