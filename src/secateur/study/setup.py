@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from secateur.measure.texts import tokenise
 from secateur.plugins import ExpertCriterion, Method, check_chooser, make_chooser
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
-from secateur.study.conversion import Conversion
+from secateur.study.conversion import MODELS, Conversion
 from secateur.study.quality import save_windows
 from secateur.study.read import ACCURACY
 from secateur.study.recoveries import NONE
@@ -65,16 +65,25 @@ class Setup:
     """Checkpoint key -> number of weights of every prunable tensor."""
     reach: dict[str, Reach]
     """Quantity -> the least and the most that the space can give."""
+    models: dict[str, list[str]] = field(default_factory=dict)
+    """Conversion by its name -> hashes of the weights of the other models that it takes; those that take some."""
     made_by: str = ""
     """The command that made the dense model, where the study has made it."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a storage file must agree with: the study, and the content of model and texts."""
+        others = {"models_sha256": self.models} if self.models else {}
         return {
-            **self.spec.identity, "model_sha256": self.sha256, "texts_sha256": self.texts.digests,
+            **self.spec.identity, "model_sha256": self.sha256, **others, "texts_sha256": self.texts.digests,
             "sequence_length": self.length,
         }  # fmt: skip
+
+    def content(self, settings: Mapping[str, Any]) -> Conversion | None:
+        """The conversion of one setting with hashes in the place of the models that it takes."""
+        conversion = self.spec.conversion(settings)
+        digests = self.models.get(str(settings.get(CONVERT)))
+        return conversion if conversion is None or digests is None else {**conversion, MODELS: digests}
 
     def exam(self, name: str) -> Path:
         """The file of what is measured on, choice or test, as `secateur.study.quality.measuring` takes it."""
@@ -138,7 +147,7 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
             f"{type(skeleton).__name__} has no next-token logits, so there is no perplexity to compare",
             hint="take a decoder-only language model, or give labelled texts with task: labels",
         )
-    _check_settings(spec, source)
+    models = _check_settings(spec, source)
     length = window_length(spec.data.sequence_length, skeleton, LENGTH[spec.task])
     tokenizer = load_tokenizer(source.folder)
     _check_calibration(spec, texts, tokenizer, length)
@@ -155,8 +164,9 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
         known = (skeleton.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
         load = {"sentences": made.sequences, "padding": next((one for one in known if one is not None), 0)}
     return Setup(
-        spec=spec, texts=texts, length=length, cut=cut, load=load, model=spec.model, **open_model(spec, source)
-    )
+        spec=spec, texts=texts, length=length, cut=cut, load=load, model=spec.model, models=models,
+        **open_model(spec, source),
+    )  # fmt: skip
 
 
 def open_model(spec: StudySpec, source: Source) -> dict[str, Any]:
@@ -231,15 +241,22 @@ def converter(conversion: Conversion) -> Any:
     return make_conversion(conversion["to"], {name: value for name, value in conversion.items() if name != "to"})
 
 
-def _check_settings(spec: StudySpec, source: Source) -> None:
-    """Build every method with the ends of its options, so that a refused value is known now; try every conversion."""
+def _check_settings(spec: StudySpec, source: Source) -> dict[str, list[str]]:
+    """Build every method with the ends of its options, so that a refused value is known now; try every conversion.
+
+    Returns:
+        Conversion by its name -> hashes of the other models that it takes.
+    """
+    models = {}
     for space in spec.spaces:
         for name, conversion in space.conversions.items():
             recipe = spec.recipe({CONVERT: name, "dtype": space.dtypes[0]})
             try:
-                check_conversion(converter(conversion), source, recipe)
+                work = check_conversion(converter(conversion), source, recipe)
             except SecateurError as error:
                 raise StudyError(f"convert {name}: {error.message}", hint=error.hint) from error
+            if work.models:
+                models[name] = [str(one["sha256"]) for one in work.models]
         for structure in space.structures:
             names = () if structure == NONE else tuple(structure.split(","))
             for method in space.methods_for(structure):
@@ -250,6 +267,7 @@ def _check_settings(spec: StudySpec, source: Source) -> None:
                     )
                     given = {name: (values.choices or values.span)[at] for name, values in options.items()}
                     check_chooser(make_chooser(recipe.method, names, given), names)
+    return models
 
 
 def _reach(spec: StudySpec, reader: CheckpointReader, prunable: Mapping[str, int]) -> dict[str, Reach]:

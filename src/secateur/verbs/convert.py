@@ -113,7 +113,7 @@ def convert(
             tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, opened.model, recorder)
             check_measurable(opened.model, data)
         loaded = Calibration(protocol={"calibration": "none: the conversion needs no data"})
-        if not isinstance(conversion, Fused) and conversion.statistics:
+        if conversion.statistics:
             demo = source.kind == "demo"
             loaded = load_calibration(recipe, opened.model, source.folder, recorder, data=own_data, demo=demo)
         else:
@@ -164,15 +164,18 @@ def convert(
     return result
 
 
-def check_conversion(conversion: Conversion, source: Source, recipe: Recipe) -> None:
+def check_conversion(conversion: Conversion, source: Source, recipe: Recipe) -> Work:
     """Refuse what `convert` would refuse of this model before it writes; no text is read, and nothing is said.
+
+    Returns:
+        What it would do, of which only the numbers are of use: nothing is open any more.
 
     Raises:
         SecateurError: with the reason.
     """
     with ExitStack() as stack:
         opened, spec = _open(conversion, source, recipe, Reporter(), stack)
-        _prepare(conversion, source.folder, opened, Calibration(protocol={}), spec, Reporter(), stack)
+        return _prepare(conversion, source.folder, opened, Calibration(protocol={}), spec, Reporter(), stack)
 
 
 def make_conversion(to: str | Conversion, options: Mapping[str, Any]) -> Conversion:
