@@ -237,6 +237,22 @@ def test_recover_trains_tied_tensors_and_keeps_them_tied(models, tmp_path, monke
     assert layers[0].cores[1].dtype == torch.bfloat16
 
 
+def test_what_was_trained_after_a_conversion_is_still_a_converted_model(models, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    convert(models[0], tmp_path / "out", "factorized", rank=4)
+    lesson = {"data": str(tmp_path / "text.txt"), "loss": "lm", "tokens": 64, "sequence_length": 32, "dense": True,
+              "evaluate": False, "verify": False}  # fmt: skip
+    for before, after in (("out", "once"), ("once", "twice")):
+        trained = secateur.recover(tmp_path / before, tmp_path / after, **lesson)
+        assert trained.student["conversion"] == "factorized"
+        (model,) = (one for one in secateur.report([tmp_path / after]).models if one.kind != "dense")
+        assert model.kind == "converted"
+        assert f"-o {after} --dense " in model.command
+        assert "a converted model" in (tmp_path / after / "README.md").read_text()
+    dense = secateur.recover(models[0], tmp_path / "dense", **lesson)
+    assert "conversion" not in dense.student
+
+
 def test_the_report_has_a_converted_model_with_its_command(models, tmp_path):
     convert(models[0], tmp_path / "out", "factorized", rank=4, targets=["*mlp*"])
     secateur.report([tmp_path / "out"], tmp_path / "page.html")

@@ -84,7 +84,8 @@ class MoeWork:
             )
         self.changed = {one.key: one for ffn in self.networks for one in ffn.replaced.values()}
         self.ffn_of = {one.key: ffn for ffn in self.networks for one in ffn.replaced.values()}
-        self.nbytes = layout_of(opened, self.changed).nbytes
+        layout = layout_of(opened, self.changed)
+        self.nbytes, self.parameters = layout.nbytes, (layout.parameters, layout.parameters)
 
     @property
     def networks(self) -> list[Ffn]:

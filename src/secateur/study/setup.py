@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,11 @@ import transformers
 from secateur.checkpoint.check import check_model_folder, hash_folder
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source, open_source
+from secateur.converting.opened import Work
 from secateur.corpus.load import DEFAULT_PROMPT
 from secateur.corpus.windows import windows
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
-from secateur.engine.device import parse_dtype
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import CalibrationError, SecateurError, StudyError, UnsupportedModelError
 from secateur.measure.classify import check_classifier
@@ -28,12 +27,11 @@ from secateur.progress import Reporter
 from secateur.recipe import Recipe
 from secateur.study.conversion import MODELS, Conversion
 from secateur.study.quality import save_windows
-from secateur.study.read import ACCURACY
+from secateur.study.reach import reach_of
 from secateur.study.recoveries import NONE
 from secateur.study.space import CONVERT
 from secateur.study.spec import StudySpec
 from secateur.study.speed import SENTENCES, Load
-from secateur.study.storing import BITS
 from secateur.study.texts import Texts, read_examples, read_texts
 from secateur.study.values import SPEED, Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
@@ -147,7 +145,9 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
             f"{type(skeleton).__name__} has no next-token logits, so there is no perplexity to compare",
             hint="take a decoder-only language model, or give labelled texts with task: labels",
         )
-    models = _check_settings(spec, source)
+    works = _check_settings(spec, source)
+    models = {name: [str(one["sha256"]) for one in work.models] for name, work in works.items() if work.models}
+    sizes = {name: work.parameters for name, work in works.items()}
     length = window_length(spec.data.sequence_length, skeleton, LENGTH[spec.task])
     tokenizer = load_tokenizer(source.folder)
     _check_calibration(spec, texts, tokenizer, length)
@@ -165,12 +165,15 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
         load = {"sentences": made.sequences, "padding": next((one for one in known if one is not None), 0)}
     return Setup(
         spec=spec, texts=texts, length=length, cut=cut, load=load, model=spec.model, models=models,
-        **open_model(spec, source),
+        **open_model(spec, source, sizes),
     )  # fmt: skip
 
 
-def open_model(spec: StudySpec, source: Source) -> dict[str, Any]:
+def open_model(spec: StudySpec, source: Source, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """What a study needs to know of its dense model, as fields of `Setup`.
+
+    Args:
+        sizes: conversion by its name -> parameters of its result, at least and at most; those that are known.
 
     Raises:
         StudyError: when its shapes say that no trial can meet a constraint.
@@ -179,7 +182,7 @@ def open_model(spec: StudySpec, source: Source) -> dict[str, Any]:
     with CheckpointReader(source.folder) as reader:
         names = [matrix.name for matrix in find_structure(skeleton).matrices]
         prunable = {key: reader.info(key).numel for key in Binding(skeleton, reader.keys).keys_of(names)}
-        reach = _reach(spec, reader, prunable)
+        reach = reach_of(spec, reader, prunable, sizes)
     check_constraints(spec.constraints, reach, {})
     return {"source": source, "sha256": hash_folder(source.folder), "prunable": prunable, "reach": reach}
 
@@ -241,22 +244,20 @@ def converter(conversion: Conversion) -> Any:
     return make_conversion(conversion["to"], {name: value for name, value in conversion.items() if name != "to"})
 
 
-def _check_settings(spec: StudySpec, source: Source) -> dict[str, list[str]]:
+def _check_settings(spec: StudySpec, source: Source) -> dict[str, Work]:
     """Build every method with the ends of its options, so that a refused value is known now; try every conversion.
 
     Returns:
-        Conversion by its name -> hashes of the other models that it takes.
+        Conversion by its name -> what it would do.
     """
-    models = {}
+    works = {}
     for space in spec.spaces:
         for name, conversion in space.conversions.items():
             recipe = spec.recipe({CONVERT: name, "dtype": space.dtypes[0]})
             try:
-                work = check_conversion(converter(conversion), source, recipe)
+                works[name] = check_conversion(converter(conversion), source, recipe)
             except SecateurError as error:
                 raise StudyError(f"convert {name}: {error.message}", hint=error.hint) from error
-            if work.models:
-                models[name] = [str(one["sha256"]) for one in work.models]
         for structure in space.structures:
             names = () if structure == NONE else tuple(structure.split(","))
             for method in space.methods_for(structure):
@@ -267,41 +268,7 @@ def _check_settings(spec: StudySpec, source: Source) -> dict[str, list[str]]:
                     )
                     given = {name: (values.choices or values.span)[at] for name, values in options.items()}
                     check_chooser(make_chooser(recipe.method, names, given), names)
-    return models
-
-
-def _reach(spec: StudySpec, reader: CheckpointReader, prunable: Mapping[str, int]) -> dict[str, Reach]:
-    """What the space can give at all, from the shapes and number formats in the checkpoint alone."""
-    if any(space.conversions for space in spec.spaces):
-        return {"sparsity": Reach(0.0, 1.0, ""), "accuracy": ACCURACY}  # factors and routers may even be larger
-    infos = [reader.info(key) for key in reader.keys]
-    numbers = [(info.numel, info.dtype) for info in infos if info.dtype.is_floating_point]
-    other = sum(info.nbytes for info in infos if not info.dtype.is_floating_point)
-    total, single = sum(count for count, _ in numbers), sum(prunable.values())
-    sizes = []
-    for space in spec.spaces:
-        for name in space.dtypes:
-            dtype = parse_dtype(name, "dtype")
-            sizes.append(sum(count * (dtype or own).itemsize for count, own in numbers))
-    structures = {name for space in spec.spaces for name in space.structures}
-    most = max(space.sparsities[1] for space in spec.spaces)
-    smallest = 1.0  # share of the parameters that stays at least; units are whole, so a little less may stay
-    if structures != {NONE}:
-        gone = total if any("hidden" in name for name in structures) else single
-        smallest = max(0.0, 1 - 1.05 * most * gone / total)
-    header = 1 << 20
-    why = "number format and structures of the space; zeros alone make no file smaller"
-    least = float(min(sizes))
-    if any({*space.formats} & {*BITS} for space in spec.spaces):
-        least, why = total / 8, "a bit for every weight says where the zeros are"
-    return {
-        "bytes_disk": Reach(math.floor(least * smallest), max(sizes) + other + header, why),
-        "parameters": Reach(math.floor(total * smallest), total, "structures of the space"),
-        "nonzero": Reach(max(0, math.floor(total - 1.05 * most * max(single, total * (1 - smallest)))), total,
-                         "sparsities of the space"),
-        "sparsity": Reach(0.0, 1.0, ""),
-        "accuracy": ACCURACY,
-    }  # fmt: skip
+    return works
 
 
 def windows_folder(spec: StudySpec) -> Path:
