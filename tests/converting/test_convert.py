@@ -195,9 +195,12 @@ def test_other_verbs_open_the_result(models, tmp_path):
     assert secateur.inspect(tmp_path / "chain").prunable == 0
 
 
-def test_decoding_with_the_cache_is_the_same_as_without(models, tmp_path):
+@pytest.mark.parametrize(("to", "options"), [
+    ("fused", {"rank": 4}), ("factorized", {"rank": 8}), ("factorized", {"cores": 3, "rank": 8}),
+])  # fmt: skip
+def test_decoding_with_the_cache_is_the_same_as_without(to, options, models, tmp_path):
     base, one, two = models
-    convert(base, tmp_path / "out", "fused", models=(str(one), str(two)), rank=4)
+    convert(base, tmp_path / "out", to, **options, **({"models": (str(one), str(two))} if to == "fused" else {}))
     model, prompt = load_model(tmp_path / "out"), calibration_for("llama")[:1, :8]
     with torch.no_grad():
         found = [

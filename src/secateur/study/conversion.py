@@ -112,7 +112,7 @@ def unfit_for(mode: str, conversion: Conversion, *, all_matrices: bool) -> str:
     """
     if mode == "blocks":
         return "it reads the dense weights into the same layers"
-    if mode == "adapter-moe":
+    if mode == "adapter-moe" and conversion["to"] != "relu":
         return "no adapters are put beside converted layers"
     if mode == "lora" and (conversion["to"] == "shared" or conversion.get("share_central")):
         return "it cannot train weights that several blocks share"
