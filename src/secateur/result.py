@@ -274,7 +274,7 @@ class RecoverResult(Plain):
     source: dict[str, Any]
     """The dense model at the start of it all, as `prune` recorded it."""
     student: dict[str, Any]
-    """The pruned model that was trained."""
+    """The pruned or converted model that was trained; ``conversion`` says which one made it, where one did."""
     settings: dict[str, Any]
     sparsity: float
     seconds: float

@@ -195,9 +195,12 @@ def test_other_verbs_open_the_result(models, tmp_path):
     assert secateur.inspect(tmp_path / "chain").prunable == 0
 
 
-def test_decoding_with_the_cache_is_the_same_as_without(models, tmp_path):
+@pytest.mark.parametrize(("to", "options"), [
+    ("fused", {"rank": 4}), ("factorized", {"rank": 8}), ("factorized", {"cores": 3, "rank": 8}),
+])  # fmt: skip
+def test_decoding_with_the_cache_is_the_same_as_without(to, options, models, tmp_path):
     base, one, two = models
-    convert(base, tmp_path / "out", "fused", models=(str(one), str(two)), rank=4)
+    convert(base, tmp_path / "out", to, **options, **({"models": (str(one), str(two))} if to == "fused" else {}))
     model, prompt = load_model(tmp_path / "out"), calibration_for("llama")[:1, :8]
     with torch.no_grad():
         found = [
@@ -235,6 +238,22 @@ def test_recover_trains_tied_tensors_and_keeps_them_tied(models, tmp_path, monke
     layers = [loaded.get_submodule(f"model.layers.{block}.mlp.up_proj") for block in (0, 1)]
     assert layers[0].cores[1] is layers[1].cores[1]
     assert layers[0].cores[1].dtype == torch.bfloat16
+
+
+def test_what_was_trained_after_a_conversion_is_still_a_converted_model(models, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT * 3)
+    convert(models[0], tmp_path / "out", "factorized", rank=4)
+    lesson = {"data": str(tmp_path / "text.txt"), "loss": "lm", "tokens": 64, "sequence_length": 32, "dense": True,
+              "evaluate": False, "verify": False}  # fmt: skip
+    for before, after in (("out", "once"), ("once", "twice")):
+        trained = secateur.recover(tmp_path / before, tmp_path / after, **lesson)
+        assert trained.student["conversion"] == "factorized"
+        (model,) = (one for one in secateur.report([tmp_path / after]).models if one.kind != "dense")
+        assert model.kind == "converted"
+        assert f"-o {after} --dense " in model.command
+        assert "a converted model" in (tmp_path / after / "README.md").read_text()
+    dense = secateur.recover(models[0], tmp_path / "dense", **lesson)
+    assert "conversion" not in dense.student
 
 
 def test_the_report_has_a_converted_model_with_its_command(models, tmp_path):

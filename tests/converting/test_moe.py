@@ -156,6 +156,18 @@ def test_a_relu_is_not_called_dense(tmp_path):
     assert not any("not sparse" in line for line in result.verdict)
 
 
+def test_experts_by_coactivation_are_the_identity_together_and_the_same_each_time(tmp_path):
+    pytest.importorskip("pymetis", reason="the extra 'metis' is not installed")
+    model = save_tiny(tmp_path / "model", "gpt2", activation_function="relu")
+    for name in ("out", "again"):
+        convert(model, tmp_path / name, top_k=8, split="coactivation")
+    torch.testing.assert_close(logits(tmp_path / "out"), logits(model), atol=1e-4, rtol=1e-4)
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again")]
+    assert files[0] == files[1]
+    convert(model, tmp_path / "weights", top_k=8)
+    assert files[0] != (tmp_path / "weights" / "model.safetensors").read_bytes()
+
+
 def test_targets_choose_the_blocks(base, tmp_path):
     result = convert(base, tmp_path / "out", targets=["model.layers.1.*"])
     assert {row.name.split(".")[2] for row in result.matrices if row.kind == "moe"} == {"1"}

@@ -117,7 +117,6 @@ BAD = {
     "several values": (converted({**EXPERTS, "top-k": [2, 4]}), StudyError, "a list of conversions"),
     "no value": (converted({**EXPERTS, "top-k": None}), StudyError, "give one value"),
     "budget of no share": (converted({"to": "factorized", "budget": "80%"}), SecateurError, "KEY=VALUE"),
-    "other models": (converted({"to": "fused", "models": "a"}), StudyError, "a study has one"),
     "beside a method": (converted(FACTORS, method="wanda"), StudyError, "method has no meaning beside convert"),
     "beside a structure": (converted(FACTORS, structure="ffn"), StudyError, "structure has no meaning beside"),
     "beside a pattern": (converted(FACTORS, pattern="2:4"), StudyError, "pattern has no meaning beside"),

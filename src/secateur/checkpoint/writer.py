@@ -76,6 +76,12 @@ class Layout:
         return sum(shard.nbytes for shard in self.shards)
 
     @property
+    def parameters(self) -> int:
+        """Numbers in it that are no integers."""
+        entries = [entry for shard in self.shards for entry in shard.entries]
+        return sum(math.prod(entry.shape) for entry in entries if entry.dtype.is_floating_point)
+
+    @property
     def keys(self) -> list[str]:
         return [entry.key for shard in self.shards for entry in shard.entries]
 

@@ -248,8 +248,9 @@ def _usage(usage: Mapping[str, Sequence[float]]) -> list[RenderableType]:
 
 
 def recovered(result: RecoverResult) -> RenderableType:
-    """Dense, pruned and recovered side by side, how training went, and the verdict."""
-    columns: list[Column] = [("pruned", result.before), ("recovered", result.after)]
+    """Dense, pruned or converted, and recovered side by side, how training went, and the verdict."""
+    student = "converted" if result.student.get("conversion") else "pruned"
+    columns: list[Column] = [(student, result.before), ("recovered", result.after)]
     if result.teacher is not None:
         columns.insert(0, ("dense", result.teacher))
     training = result.training

@@ -79,6 +79,11 @@ class Fused:
             raise UsageError(f"{flag} is for one model, {len(self.models)} were given", hint="give one with --models")
 
     @property
+    def statistics(self) -> bool:
+        """Whether calibration text is read."""
+        return False
+
+    @property
     def origin_of_rest(self) -> str:
         """``base``, ``mean`` or ``model``."""
         return self.rest if self.rest != "auto" else "model" if len(self.models) == 1 else "base"

@@ -5,6 +5,9 @@ neuron j (|act(u_j x)| without a gate):
 
     split       weights: balanced k-means on the rows of the gate (without one, of U), each divided by its norm
                 activations: balanced k-means on the activity of the neurons over the calibration tokens
+                coactivation: the graph with edges sum over each 8 tokens of min(sum a_i a_j, 1), a divided by its root
+                mean square, the 64 strongest of each neuron; cut by METIS into parts of which neurons then move, those
+                that lose least of their edges, until all are equal (needs the extra ``metis``)
     oracle      score of expert e = sum of a_j over its neurons, which takes all of them: what routing can reach at most
     similarity  score = c_e x / |x|, c_e the mean of the divided rows of e
     mlp         score = W2 tanh(W1 x / |x|), from W1 = c and W2 = 1 trained on calibration text: binary cross-entropy
@@ -12,7 +15,8 @@ neuron j (|act(u_j x)| without a gate):
 
 Each token goes through the ``top_k`` experts with the highest scores; the others are not computed. All experts are the
 identity. Where we differ: the epoch kept is that which captures the most activity on text that is held out (the
-authors' code keeps the one before), with as many experts as will run.
+authors' code keeps the one before), with as many experts as will run; the graph has the strongest edges of each neuron
+(theirs all above a percentile), and neurons move by their edges (theirs at random).
 
 It saves time, not space, and as much as activity is sparse: a ReLU's is, of SiLU or GELU most neurons say something to
 every token. Cost: a forward through the model, and a clustering and a small training for each network. Source: Zhang et
@@ -30,12 +34,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secateur.conversions._clusters import balanced_clusters
+from secateur.conversions._coactivation import check_extra, coactivation_clusters
 from secateur.conversions._routers import HELD_OUT, captured, mean_rows, train_router
 from secateur.errors import UsageError
 from secateur.layers.moe import MoeFfn, expert_scores, router_shapes
 from secateur.layers.spec import ROUTERS
 
-SPLITS = ("weights", "activations")
+SPLITS = ("weights", "activations", "coactivation")
 _PROFILE = 1024
 """Tokens over which the activity of neurons is compared."""
 
@@ -53,7 +58,8 @@ class Moe:
     router: str = "mlp"
     """What chooses them: `mlp` (trained), `similarity` (from weights), `oracle` (computes everything to choose)."""
     split: str = "weights"
-    """What neurons of an expert have in common: their `weights`, or their `activations` on calibration text."""
+    """What neurons of an expert have in common: their `weights`, their `activations` on calibration text, or that they
+    are active together there (`coactivation`: the cut of a graph, with pymetis)."""
 
     def __post_init__(self) -> None:
         for flag, value in (("--experts", self.experts), ("--top-k", self.top_k)):
@@ -67,6 +73,8 @@ class Moe:
         for flag, text, known in (("--router", self.router, ROUTERS), ("--split", self.split, SPLITS)):
             if text not in known:
                 raise UsageError(f"{flag} {text}", hint=f"known: {', '.join(known)}")
+        if self.split == "coactivation":
+            check_extra()
 
     @property
     def statistics(self) -> bool:
@@ -109,13 +117,18 @@ class Moe:
         rows = layer.up if layer.gate is None else layer.gate
         points = F.normalize(rows.detach().float(), dim=1)
         activity = torch.zeros(layer.neurons, device=points.device)
+        cluster = None
         if inputs is not None:
             step = max(1, len(inputs) // _PROFILE)
             profile = layer.hidden(inputs[::step][:_PROFILE]).float().abs().t()
             activity = profile.mean(dim=1)
             if self.split == "activations":
                 points = F.normalize(profile, dim=1)
-        cluster = balanced_clusters(points, self.count, generator).to(points.device)
+            elif self.split == "coactivation":
+                cluster = coactivation_clusters(layer.hidden(inputs).float().abs(), self.count, generator)
+        if cluster is None:
+            cluster = balanced_clusters(points, self.count, generator)
+        cluster = cluster.to(points.device)
         weight = torch.zeros(self.count, device=points.device).index_add(0, cluster, activity)
         place = torch.empty(self.count, dtype=torch.int64, device=points.device)
         place[weight.argsort(descending=True, stable=True)] = torch.arange(self.count, device=points.device)

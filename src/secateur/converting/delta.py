@@ -63,6 +63,7 @@ class ApplyWork:
     opened: Opened
     tensors: dict[str, Tensor]
     nbytes: int
+    parameters: tuple[int, int]
     models: list[dict[str, Any]]
 
     def write(self, partial: Path, fingerprint: dict[str, Any], resume: bool, reporter: Reporter) -> Converted:
@@ -155,4 +156,5 @@ def apply_delta(folder: Path, opened: Opened) -> ApplyWork:
         if not fits or not bool(torch.isfinite(tensor).all()):
             raise CheckpointError(f"{folder}: {key} does not fit {opened.source.name}", hint="make the delta again")
     models = [entry for entry in result.get("models", []) if isinstance(entry, dict)]
-    return ApplyWork(opened, tensors, layout_like(opened.reader, opened.dtype).nbytes, models)
+    layout = layout_like(opened.reader, opened.dtype)
+    return ApplyWork(opened, tensors, layout.nbytes, (layout.parameters, layout.parameters), models)

@@ -111,9 +111,11 @@ class FactorizeWork:
         self.nbytes = sum(opened.reader.info(key).nbytes for key in opened.reader.keys)
         if conversion.share is None:
             self._name_layers(dict.fromkeys(opened.specs))
-            self.nbytes = layout_of(opened, self._changed).nbytes
+            layout = layout_of(opened, self._changed)
+            self.nbytes, self.parameters = layout.nbytes, (layout.parameters, layout.parameters)
             return
-        self._limit()
+        rest = layout_of(opened, {}).parameters - sum(spec.size for spec in opened.specs.values())
+        self.parameters = rest, rest + self._limit()
         if conversion.cores > 2:
             for name, spec in opened.specs.items():
                 conversion.entry(name, (spec.out_features, spec.in_features), 1)

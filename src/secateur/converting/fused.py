@@ -53,7 +53,8 @@ class FuseWork:
                 shapes = {"base.weight": stored_shape} | layer.shapes(spec.out_features, spec.in_features, entry, bias)
                 self.by_name[name] = replaced(opened, name, entry, shapes, layer.BIAS)
         self.changed = {one.key: one for one in self.by_name.values()}
-        self.nbytes = layout_of(opened, self.changed).nbytes
+        layout = layout_of(opened, self.changed)
+        self.nbytes, self.parameters = layout.nbytes, (layout.parameters, layout.parameters)
 
     @property
     def rest(self) -> list[str]:

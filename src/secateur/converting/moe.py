@@ -22,6 +22,7 @@ from secateur.checkpoint.folder import copy_side_files
 from secateur.checkpoint.ledger import LEDGER, Ledger
 from secateur.checkpoint.writer import CheckpointWriter
 from secateur.conversions.moe import Moe
+from secateur.converting.activity import is_zero_below
 from secateur.converting.opened import Converted, Opened
 from secateur.converting.output import ConvertSink, Replaced, copied_keys, layout_of, write_config
 from secateur.engine.activations import ActivationStore
@@ -43,6 +44,8 @@ from secateur.seeds import derived_seed
 LIMIT = 8192
 """Calibration tokens that a router is trained on, spread over the text."""
 UNREACHED = "no calibration token came: experts and router from the weights alone"
+ZERO = " of its activity is exactly zero"
+"""How a note ends that begins with a share; it is read back of blocks that were done before a run was resumed."""
 
 
 @dataclass
@@ -84,7 +87,8 @@ class MoeWork:
             )
         self.changed = {one.key: one for ffn in self.networks for one in ffn.replaced.values()}
         self.ffn_of = {one.key: ffn for ffn in self.networks for one in ffn.replaced.values()}
-        self.nbytes = layout_of(opened, self.changed).nbytes
+        layout = layout_of(opened, self.changed)
+        self.nbytes, self.parameters = layout.nbytes, (layout.parameters, layout.parameters)
 
     @property
     def networks(self) -> list[Ffn]:
@@ -144,13 +148,17 @@ class MoeWork:
                 layer.get_parameter(name).data = tensor
             ffn.made = {name: tensor.detach().cpu() for name, tensor in layer.named_parameters()}
             lost = None if inputs is None else conversion.lost(layer, inputs)
-        told = UNREACHED
+            zero = 0.0 if inputs is None else float((layer.hidden(inputs) == 0).float().mean())
+        told = [UNREACHED]
         if lost is not None:
-            told = f"the chosen experts hold {lost['captured']:.1%} of the activity, the oracle's {lost['best']:.1%}"
+            told = [
+                f"the chosen experts hold {lost['captured']:.1%} of the activity, the oracle's {lost['best']:.1%}",
+                f"{zero:.2%}{ZERO}",
+            ]
         return [
             PrunedMatrix(
                 one.name, opened.specs[one.name].shape, 0, 0.0, lost["error"] if lost and role == "down" else None,
-                notes=[told] if role == "down" else [],
+                notes=told if role == "down" else [],
             )
             for role, one in ffn.replaced.items()
         ]  # fmt: skip
@@ -231,9 +239,18 @@ class MoeWork:
                 f"On calibration text that no router saw, {median(errors):.2%} of the squares of the networks'"
                 f" outputs are lost (median; at most {max(errors):.2%})."
             )
-        act = type(self.opened.model.get_submodule(f"{first.parts.module}.{first.parts.act}")).__name__
-        if share < 1 and "ReLU" not in act:
-            said.append(f"The activation is {act}: it is not sparse, so expect more loss than published for ReLU.")
+        shares = [float(note.removesuffix("%" + ZERO)) for row in rows for note in row.notes if note.endswith(ZERO)]
+        if shares:
+            said.append(
+                f"Of the networks' activity there {median(shares):.1f} % is exactly zero (median; {min(shares):.1f} to "
+                f"{max(shares):.1f} %)."
+            )
+        act = self.opened.model.get_submodule(f"{first.parts.module}.{first.parts.act}")
+        if share < 1 and not is_zero_below(act):
+            said.append(
+                f"The activation is {type(act).__name__}: it is not sparse, so expect more loss than published for "
+                "ReLU; --to relu and secateur recover make it one."
+            )
         if share < 1 and conversion.router == "oracle":
             said.append("The oracle computes all neurons in order to choose: it is a bound on quality, not a saving.")
         return said

@@ -99,6 +99,8 @@ class Work(Protocol):
 
     nbytes: int
     """Bytes that the result takes at most."""
+    parameters: tuple[int, int]
+    """Numbers in the result, at least and at most; the same where that is known before."""
     models: list[dict[str, Any]]
     """Provenance of further models."""
 

@@ -72,7 +72,8 @@ class ShareWork:
             key for block, owner in zip(blocks, self.owners, strict=True) if owner != block.index
             for key in opened.binding.keys_of(block.tensors)
         }  # fmt: skip
-        self.nbytes = self._layout().nbytes
+        layout = self._layout()
+        self.nbytes, self.parameters = layout.nbytes, (layout.parameters, layout.parameters)
 
     def _layout(self) -> Layout:
         opened = self.opened
@@ -169,7 +170,8 @@ class IterateWork:
         self.groups = [self.old[block] for block in self.kept]
         self.config = shortened(stock_config(opened.config), len(self.old), self.kept)
         self.keys = {key: self._renamed(key) for key in opened.reader.keys}
-        self.nbytes = self._layout().nbytes
+        layout = self._layout()
+        self.nbytes, self.parameters = layout.nbytes, (layout.parameters, layout.parameters)
 
     def _renamed(self, key: str) -> str:
         """A key of a tied block under the number that the first of its group has now."""

@@ -61,7 +61,7 @@ class AdapterMoe(nn.Module):
 
     def route(self, rows: torch.Tensor) -> torch.Tensor:
         """What each expert has in each token (tokens, experts) float32: zero where it is not chosen, 1 together."""
-        with torch.autocast(rows.device.type, enabled=False):  # rounding must not choose
+        with torch.autocast("cpu" if rows.is_meta else rows.device.type, enabled=False):  # rounding must not choose
             logits = F.linear(rows.float(), self.router.float())
         best, index = logits.topk(self.top, dim=1)
         return torch.zeros_like(logits).scatter(1, index, best.softmax(dim=1))

@@ -170,8 +170,10 @@ class Collector:
             self._add(
                 source, protocol, ReportModel(f"{title} (dense)", "dense", each.name, measured_values(dense, dense))
             )
+        trained = found.student.get("conversion") if isinstance(found, RecoverResult) else None
+        converted = isinstance(found, ConvertResult) or bool(trained)
         model = ReportModel(
-            each.name, "converted" if isinstance(found, ConvertResult) else "pruned", each.name,
+            each.name, "converted" if converted else "pruned", each.name,
             measured_values(found.after, dense), command_of(found, each.name), settings_of(found),
         )  # fmt: skip
         model.values["seconds"] = found.seconds

@@ -33,7 +33,8 @@ def command_of(result: PruneResult | RecoverResult | ConvertResult, out: str) ->
         flags += _options(result.recipe)
     else:
         model, verb = str(result.student.get("model") or "MODEL"), "recover"
-        flags = _flags(Training, {k: v for k, v in result.settings.items() if k != "trainer"})
+        flags = ["--dense"] if result.student.get("conversion") and not result.zeros_held else []
+        flags += _flags(Training, {k: v for k, v in result.settings.items() if k != "trainer"})
         trainer = result.settings.get("trainer")
         flags += [f"--trainer={k}={v}" for k, v in (trainer.items() if isinstance(trainer, dict) else ())]
     return shlex.join(["secateur", verb, model, "-o", out, *flags])

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from secateur.engine.blocks import Structure
+from secateur.engine.entries import changed, part_of
 from secateur.engine.skeleton import model_class, skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
 from secateur.structured.configure import ANOTHER_STRUCTURE, HEADS_GO_WITH_CHANNELS, Shapes, Shrunk, shapes_of
 from secateur.structured.couplings import heads_of
-from secateur.structured.entries import changed, part_of
 
 
 def smaller(

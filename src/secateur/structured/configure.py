@@ -18,10 +18,10 @@ import torch
 import transformers
 
 from secateur.engine.blocks import find_structure
+from secateur.engine.entries import Entries, changed
 from secateur.engine.skeleton import model_class, skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
 from secateur.structured.couplings import Coupling, Cut, Kind
-from secateur.structured.entries import Entries, changed
 from secateur.structured.width_entries import attention_entries, neuron_entries
 
 Shapes = dict[str, tuple[int, ...]]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from secateur.engine.blocks import Block, MatrixSpec
-from secateur.structured.entries import entries_of
+from secateur.engine.entries import entries_of
 from secateur.structured.observer import Observer, SharedNorm
 
 Kind = Literal["ffn", "kv-groups", "heads"]

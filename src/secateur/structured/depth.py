@@ -23,11 +23,11 @@ from secateur.checkpoint.view import CheckpointView
 from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure, signature
+from secateur.engine.entries import changed, entries_of
 from secateur.engine.forward import NoSink, forward_outputs, probe_inputs
 from secateur.engine.inputs import output_tensor
 from secateur.engine.skeleton import skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
-from secateur.structured.entries import changed, entries_of
 from secateur.structured.explore import RandomTensors
 from secateur.structured.fewer import Row, fewer_blocks, for_every_block
 from secateur.structured.proof import TOLERANCE

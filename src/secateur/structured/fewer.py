@@ -8,7 +8,7 @@ from typing import Any
 
 import transformers
 
-from secateur.structured.entries import Entries, entries_of
+from secateur.engine.entries import Entries, entries_of
 
 _COUNTS = ("layers", "layer", "depth", "blocks", "num_hidden")
 _STAGES = ("depths", "layers", "blocks", "block_sizes")

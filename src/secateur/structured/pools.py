@@ -16,11 +16,11 @@ import transformers
 from torch import Tensor, nn
 
 from secateur.engine.blocks import Block, Structure
+from secateur.engine.entries import changed
 from secateur.engine.skeleton import skeleton_of
 from secateur.errors import UnsupportedModelError
 from secateur.structured.configure import Shapes, Shrunk, shapes_of
 from secateur.structured.couplings import Cut
-from secateur.structured.entries import changed
 
 Path = tuple[str, ...]
 

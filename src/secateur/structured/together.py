@@ -20,11 +20,11 @@ import torch
 import transformers
 
 from secateur.engine.blocks import Structure
+from secateur.engine.entries import Entries, changed, entries_of, part_of
 from secateur.engine.skeleton import model_class, skeleton_of
 from secateur.errors import SparsityError, UnsupportedModelError
 from secateur.structured.configure import Shapes, Shrunk, noun, shapes_of
 from secateur.structured.couplings import Coupling, Cut, Kind
-from secateur.structured.entries import Entries, changed, entries_of, part_of
 from secateur.structured.stream import Job
 
 Path = tuple[str, ...]

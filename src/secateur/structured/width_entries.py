@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from secateur.engine.entries import Entries, entries_of
 from secateur.structured.couplings import Coupling
-from secateur.structured.entries import Entries, entries_of
 
 _FFN = ("intermediate", "ffn", "inner", "mlp", "d_ff", "dff", "feed", "hidden_dim")
 _NO_WIDTH = ("vocab", "position", "token", "window", "layers", "image", "label")

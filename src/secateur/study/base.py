@@ -51,6 +51,6 @@ def with_base(setup: Setup, reporter: Reporter) -> Setup:
         made = build_once(cache_folder() / "classifiers" / name, build) / "model"
         spec.out.mkdir(parents=True, exist_ok=True)
         link_copy(made, folder)
-    opened = open_model(spec, open_source(folder, reporter=reporter))
+    opened = open_model(spec, open_source(folder, reporter=reporter), {})  # its head is another
     command = ["secateur", "recover", spec.model, "-o", name, "--dense", *recover_flags(settings), "--no-evaluate"]
     return dataclasses.replace(setup, **opened, model=str(folder), made_by=shlex.join(command))

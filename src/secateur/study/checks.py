@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from secateur.errors import StudyError, UnknownNameError
@@ -78,3 +79,14 @@ def positive(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise StudyError(f"{where} is {value!r}", hint="it must be a number, more than 0")
     return float(value)
+
+
+def full_path(text: str, folder: Path) -> str:
+    """A file or folder beside the study file as a full path; any other name as it is."""
+    if text in ("builtin", "demo", "demo-encoder"):
+        return text
+    try:
+        path = folder / Path(text).expanduser()
+        return str(path.resolve()) if path.exists() else text
+    except OSError:
+        return text

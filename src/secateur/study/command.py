@@ -54,7 +54,8 @@ def convert_flags(conversion: Conversion) -> list[str]:
     """``--to`` and the options; one that is true is a flag alone, as none is true by default."""
     flags = []
     for name, value in conversion.items():
-        flags += [f"--{name.replace('_', '-')}", *([] if value is True else [_text(value)])]
+        said = [] if value is True else [*map(str, value)] if isinstance(value, tuple) else [_text(value)]
+        flags += [f"--{name.replace('_', '-')}", *said]
     return flags
 
 

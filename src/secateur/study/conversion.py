@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from secateur.budgets import parse_budget
 from secateur.errors import StudyError, UnknownNameError
 from secateur.plugins import describe
+from secateur.study.checks import full_path
 
 FIELDS = ("targets", "ignore", "device", "compute_dtype", "activation_memory")
 """What a study can fix that a conversion looks at."""
 EXAMPLE = "for example convert: {to: factorized, budget: parameters=0.8}"
+MODELS = "models"
+"""The option that names other models."""
+NO_MODEL = {"format": "writes a difference, which is no model", "base": "is the model of the study"}
+"""Options of `fused` that are for no trial, and why."""
 
 Conversion = Mapping[str, Any]
-"""``to``, and options by the names of the arguments of `convert`; those that have their default are left out."""
+"""``to``, and options by the names of the arguments of `convert`; those that have their default are left out. Models
+are full paths where they are files.
+"""
 
 
-def read_conversions(data: Any, where: str) -> dict[str, Conversion]:
+def read_conversions(data: Any, where: str, folder: Path = Path()) -> dict[str, Conversion]:
     """Name -> conversion, of one mapping or a list of them. Two ways to write the same have the same name.
+
+    Args:
+        folder: what the paths of other models start from; in a name they are relative to it.
 
     Raises:
         UnknownNameError: for an unknown conversion or option; the nearest is suggested.
@@ -27,9 +39,11 @@ def read_conversions(data: Any, where: str) -> dict[str, Conversion]:
     found: dict[str, Conversion] = {}
     for one in data if isinstance(data, list) else [data]:
         conversion = _conversion(one, where)
-        name = ", ".join(f"{key} {value}" for key, value in conversion.items() if key != "to")
+        name = ", ".join(f"{key} {_shown(value, folder)}" for key, value in conversion.items() if key != "to")
         name = f"{conversion['to']} {name}".strip()
-        if name in found:
+        if MODELS in conversion:
+            conversion = {**conversion, MODELS: tuple(full_path(model, folder) for model in conversion[MODELS])}
+        if name in found or conversion in found.values():
             raise StudyError(f"{where} names one twice: {name}")
         found[name] = conversion
     if not found:
@@ -42,21 +56,37 @@ def _conversion(data: Any, where: str) -> Conversion:
         raise StudyError(f"{where} is {data!r}", hint=EXAMPLE)
     to = str(data["to"])
     known = {option.name: option for option in describe("conversions", to, "conversion").options}
-    if to == "fused":
-        raise StudyError(
-            f"{where}: to: fused makes one model out of several, and a study has one",
-            hint="leave it out, or convert first and take the result as the model of a study",
-        )
     given = {str(key).replace("-", "_"): value for key, value in data.items() if key != "to"}
     for key, value in given.items():
         if key not in known:
             raise UnknownNameError(f"option of conversion {to}", key, known or ["(none)"])
+        if to == "fused" and key in NO_MODEL:
+            raise StudyError(f"{where}: {key} of fused is for no trial: it {NO_MODEL[key]}", hint="leave it out")
+        if key == MODELS:
+            continue
         if not isinstance(value, bool | int | float | str):
             raise StudyError(
                 f"{where}: {key} of {to} is {value!r}", hint="give one value; a list of conversions tries several"
             )
-    values = {key: _plain(key, given[key]) for key in known if key in given}
+    if MODELS in given:
+        given[MODELS] = _models(given[MODELS], f"{where}: {MODELS} of {to}")
+    values = {key: given[key] if key == MODELS else _plain(key, given[key]) for key in known if key in given}
     return {"to": to, **{key: one for key, one in values.items() if str(one) != known[key].default.strip("'\"")}}
+
+
+def _models(value: Any, where: str) -> tuple[str, ...]:
+    listed = value if isinstance(value, list) else [value]
+    if not listed or not all(isinstance(one, str) and one for one in listed):
+        raise StudyError(f"{where} is {value!r}", hint="give a folder or a hub id, or a list of them")
+    return tuple(listed)
+
+
+def _shown(value: Any, folder: Path) -> str:
+    """A value as a name says it: of models that are files the paths from the folder."""
+    if not isinstance(value, tuple):
+        return str(value)
+    places = {one: folder / Path(one).expanduser() for one in value if full_path(one, folder) != one}
+    return " ".join(os.path.relpath(places[one], folder) if one in places else one for one in value)
 
 
 def _plain(key: str, value: bool | int | float | str) -> bool | int | float | str:
@@ -82,7 +112,7 @@ def unfit_for(mode: str, conversion: Conversion, *, all_matrices: bool) -> str:
     """
     if mode == "blocks":
         return "it reads the dense weights into the same layers"
-    if mode == "adapter-moe":
+    if mode == "adapter-moe" and conversion["to"] != "relu":
         return "no adapters are put beside converted layers"
     if mode == "lora" and (conversion["to"] == "shared" or conversion.get("share_central")):
         return "it cannot train weights that several blocks share"

@@ -10,7 +10,7 @@ from typing import Any
 from secateur.corpus.examples import divided
 from secateur.errors import StudyError, UnknownNameError
 from secateur.recipe import Recipe
-from secateur.study.checks import known, mapping, positive, several, text, whole
+from secateur.study.checks import full_path, known, mapping, positive, several, text, whole
 from secateur.study.conversion import unfit_for
 from secateur.study.recoveries import NONE, read_training
 from secateur.study.space import CONVERT, KEYS, Space, read_space
@@ -153,7 +153,7 @@ def read_study(data: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
         raise StudyError(f"{where}: {'model' if 'model' not in values else 'space'} is missing",
                          hint="a study needs model, space and objectives")  # fmt: skip
     fixed = {key.replace("-", "_"): value for key, value in mapping(values.get("fixed"), f"{where}: fixed").items()}
-    spaces = _spaces(values["space"], fixed, where)
+    spaces = _spaces(values["space"], fixed, folder, where)
     sampler = values.get("sampler", "grid")
     if sampler not in SAMPLERS:
         raise UnknownNameError("sampler", str(sampler), SAMPLERS)
@@ -187,7 +187,7 @@ def read_study(data: Mapping[str, Any], folder: Path, where: str) -> StudySpec:
                 hint=f"with task: labels take bfloat16 and {TORCHAO}",
             )
     spec = StudySpec(
-        name=name, model=_place(text(values["model"], f"{where}: model"), folder),
+        name=name, model=full_path(text(values["model"], f"{where}: model"), folder),
         storage=folder / text(values.get("storage", f"{name}.db"), f"{where}: storage"),
         out=folder / text(values.get("out", name), f"{where}: out"), spaces=spaces, raw_space=values["space"],
         objectives=objectives, constraints=constraints, data=_data(values.get("data"), task, folder, where),
@@ -230,6 +230,10 @@ def _check(spec: StudySpec, where: str) -> None:
     if "reconstruct_options" in spec.fixed and not any({*space.reconstructs} - {NONE} for space in spec.spaces):
         raise StudyError(f"{where}: fixed reconstruct-options need reconstruct: block or half-block",
                          hint="leave them out, or add reconstruct to the space")  # fmt: skip
+    fused = next((name for name, conversion in conversions.items() if conversion["to"] == "fused"), None)
+    if fused is not None and spec.fine_tune is not None:
+        raise StudyError(f"{where}: convert {fused}: nothing descends from the classifier that fine-tune makes first",
+                         hint="fine-tune it before, and take the result as the model of the study")  # fmt: skip
     for space in spec.spaces:
         for fields in space.recoveries.values():
             if spec.task == "labels" and fields is not None:
@@ -278,7 +282,7 @@ def _corners(space: Space) -> Iterator[dict[str, Any]]:
             yield settings
 
 
-def _spaces(data: Any, fixed: dict[str, Any], where: str) -> tuple[Space, ...]:
+def _spaces(data: Any, fixed: dict[str, Any], folder: Path, where: str) -> tuple[Space, ...]:
     for key in fixed:
         if key not in (*KEYS, *FIXED):
             raise UnknownNameError("key of fixed", key, (*KEYS, *FIXED))
@@ -301,7 +305,8 @@ def _spaces(data: Any, fixed: dict[str, Any], where: str) -> tuple[Space, ...]:
                 raise StudyError(f"{where}: {key} is fixed and in {title}", hint="leave it out of one of the two")
         if not named and not any(key in KEYS for key in fixed):
             raise StudyError(f"{where}: {title} is empty", hint="for example: space: {sparsity: [0.3, 0.5, 0.7]}")
-        spaces.append(read_space({**one, **{key: fixed[key] for key in KEYS if key in fixed}}, f"{where}: {title}"))
+        given = {**one, **{key: fixed[key] for key in KEYS if key in fixed}}
+        spaces.append(read_space(given, f"{where}: {title}", folder))
     return tuple(spaces)
 
 
@@ -317,7 +322,7 @@ def _data(value: Any, task: Task, folder: Path, where: str) -> Data:
             if one is None and key == "source":
                 continue
             name, part = divided(text(one, f"{where}: data: {key}")) if task == "labels" else (text(one, key), "")
-            found[key] = (name if given.get("source") and key != "source" else _place(name, folder)) + part
+            found[key] = (name if given.get("source") and key != "source" else full_path(name, folder)) + part
         elif one is not None or key != "sequence_length":
             found[key] = whole(one, f"{where}: data: {key}", 2 if key == "sequence_length" else 1)
     if task == "labels" and (missing := [key for key in ("calibration", "choice", "test") if key not in found]):
@@ -371,14 +376,3 @@ def _resources(value: Any, where: str) -> Resources:
     if given.get("memory") is not None and not parse_size(str(given["memory"])):
         raise StudyError(f"{where}: resources: memory is {given['memory']!r}", hint="give a size such as 4GB")
     return Resources(**given)
-
-
-def _place(text: str, folder: Path) -> str:
-    """A file or folder beside the study file as a full path; any other name as it is."""
-    if text in ("builtin", "demo", "demo-encoder"):
-        return text
-    try:
-        path = folder / Path(text).expanduser()
-        return str(path.resolve()) if path.exists() else text
-    except OSError:
-        return text

@@ -291,7 +291,7 @@ class _Run:
         several = any(max(len(space.recoveries), len(space.formats)) > 1 for space in spec.spaces)
         name = ""
         if several and threads is not None:
-            name = str(windows_folder(spec) / made_name(setup.sha256, recipe, conversion, threads))
+            name = str(windows_folder(spec) / made_name(setup.sha256, recipe, setup.content(trial.settings), threads))
         return Task(
             number=trial.number, model=setup.model, dense=str(setup.source.folder), recipe=recipe.to_dict(),
             training=None if training is None else training.to_dict(), out=str(spec.out / f"trial-{trial.number:04d}"),

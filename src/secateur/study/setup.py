@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ import transformers
 from secateur.checkpoint.check import check_model_folder, hash_folder
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source, open_source
+from secateur.converting.opened import Work
 from secateur.corpus.load import DEFAULT_PROMPT
 from secateur.corpus.windows import windows
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
-from secateur.engine.device import parse_dtype, resolve_device
+from secateur.engine.device import resolve_device
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import CalibrationError, SecateurError, StudyError, UnsupportedModelError
 from secateur.measure.classify import check_classifier
@@ -27,14 +27,14 @@ from secateur.measure.texts import tokenise
 from secateur.plugins import ExpertCriterion, Method, check_chooser, make_chooser
 from secateur.progress import Reporter
 from secateur.recipe import Recipe
-from secateur.study.conversion import Conversion
+from secateur.study.conversion import MODELS, Conversion
 from secateur.study.quality import save_windows
-from secateur.study.read import ACCURACY
+from secateur.study.reach import reach_of
 from secateur.study.recoveries import NONE
 from secateur.study.space import CONVERT
 from secateur.study.spec import StudySpec
 from secateur.study.speed import SENTENCES, Load
-from secateur.study.storing import STORED, TORCHAO, check_installed
+from secateur.study.storing import check_installed
 from secateur.study.texts import Texts, read_examples, read_texts
 from secateur.study.values import ENERGY, SPEED, Reach, check_constraints
 from secateur.verbs.calibration import load_tokenizer, window_length
@@ -66,16 +66,25 @@ class Setup:
     """Checkpoint key -> number of weights of every prunable tensor."""
     reach: dict[str, Reach]
     """Quantity -> the least and the most that the space can give."""
+    models: dict[str, list[str]] = field(default_factory=dict)
+    """Conversion by its name -> hashes of the weights of the other models that it takes; those that take some."""
     made_by: str = ""
     """The command that made the dense model, where the study has made it."""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a storage file must agree with: the study, and the content of model and texts."""
+        others = {"models_sha256": self.models} if self.models else {}
         return {
-            **self.spec.identity, "model_sha256": self.sha256, "texts_sha256": self.texts.digests,
+            **self.spec.identity, "model_sha256": self.sha256, **others, "texts_sha256": self.texts.digests,
             "sequence_length": self.length,
         }  # fmt: skip
+
+    def content(self, settings: Mapping[str, Any]) -> Conversion | None:
+        """The conversion of one setting with hashes in the place of the models that it takes."""
+        conversion = self.spec.conversion(settings)
+        digests = self.models.get(str(settings.get(CONVERT)))
+        return conversion if conversion is None or digests is None else {**conversion, MODELS: digests}
 
     def exam(self, name: str) -> Path:
         """The file of what is measured on, choice or test, as `secateur.study.quality.measuring` takes it."""
@@ -142,7 +151,9 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
             f"{type(skeleton).__name__} has no next-token logits, so there is no perplexity to compare",
             hint="take a decoder-only language model, or give labelled texts with task: labels",
         )
-    _check_settings(spec, source)
+    works = _check_settings(spec, source)
+    models = {name: [str(one["sha256"]) for one in work.models] for name, work in works.items() if work.models}
+    sizes = {name: work.parameters for name, work in works.items()}
     length = window_length(spec.data.sequence_length, skeleton, LENGTH[spec.task])
     tokenizer = load_tokenizer(source.folder)
     _check_calibration(spec, texts, tokenizer, length)
@@ -159,12 +170,16 @@ def set_up(spec: StudySpec, reporter: Reporter) -> Setup:
         known = (skeleton.config.get_text_config().pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id)
         load = {"sentences": made.sequences, "padding": next((one for one in known if one is not None), 0)}
     return Setup(
-        spec=spec, texts=texts, length=length, cut=cut, load=load, model=spec.model, **open_model(spec, source)
-    )
+        spec=spec, texts=texts, length=length, cut=cut, load=load, model=spec.model, models=models,
+        **open_model(spec, source, sizes),
+    )  # fmt: skip
 
 
-def open_model(spec: StudySpec, source: Source) -> dict[str, Any]:
+def open_model(spec: StudySpec, source: Source, sizes: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """What a study needs to know of its dense model, as fields of `Setup`.
+
+    Args:
+        sizes: conversion by its name -> parameters of its result, at least and at most; those that are known.
 
     Raises:
         StudyError: when its shapes say that no trial can meet a constraint.
@@ -173,7 +188,7 @@ def open_model(spec: StudySpec, source: Source) -> dict[str, Any]:
     with CheckpointReader(source.folder) as reader:
         names = [matrix.name for matrix in find_structure(skeleton).matrices]
         prunable = {key: reader.info(key).numel for key in Binding(skeleton, reader.keys).keys_of(names)}
-        reach = _reach(spec, reader, prunable)
+        reach = reach_of(spec, reader, prunable, sizes)
     check_constraints(spec.constraints, reach, {})
     return {"source": source, "sha256": hash_folder(source.folder), "prunable": prunable, "reach": reach}
 
@@ -246,13 +261,18 @@ def converter(conversion: Conversion) -> Any:
     return make_conversion(conversion["to"], {name: value for name, value in conversion.items() if name != "to"})
 
 
-def _check_settings(spec: StudySpec, source: Source) -> None:
-    """Build every method with the ends of its options, so that a refused value is known now; try every conversion."""
+def _check_settings(spec: StudySpec, source: Source) -> dict[str, Work]:
+    """Build every method with the ends of its options, so that a refused value is known now; try every conversion.
+
+    Returns:
+        Conversion by its name -> what it would do.
+    """
+    works = {}
     for space in spec.spaces:
         for name, conversion in space.conversions.items():
             recipe = spec.recipe({CONVERT: name, "dtype": space.dtypes[0]})
             try:
-                check_conversion(converter(conversion), source, recipe)
+                works[name] = check_conversion(converter(conversion), source, recipe)
             except SecateurError as error:
                 raise StudyError(f"convert {name}: {error.message}", hint=error.hint) from error
         for structure in space.structures:
@@ -265,43 +285,7 @@ def _check_settings(spec: StudySpec, source: Source) -> None:
                     )
                     given = {name: (values.choices or values.span)[at] for name, values in options.items()}
                     check_chooser(make_chooser(recipe.method, names, given), names)
-
-
-def _reach(spec: StudySpec, reader: CheckpointReader, prunable: Mapping[str, int]) -> dict[str, Reach]:
-    """What the space can give at all, from the shapes and number formats in the checkpoint alone."""
-    if any(space.conversions for space in spec.spaces):
-        return {"sparsity": Reach(0.0, 1.0, ""), "accuracy": ACCURACY}  # factors and routers may even be larger
-    infos = [reader.info(key) for key in reader.keys]
-    numbers = [(info.numel, info.dtype) for info in infos if info.dtype.is_floating_point]
-    other = sum(info.nbytes for info in infos if not info.dtype.is_floating_point)
-    total, single = sum(count for count, _ in numbers), sum(prunable.values())
-    sizes = []
-    for space in spec.spaces:
-        for name in space.dtypes:
-            dtype = parse_dtype(name, "dtype")
-            sizes.append(sum(count * (dtype or own).itemsize for count, own in numbers))
-    structures = {name for space in spec.spaces for name in space.structures}
-    most = max(space.sparsities[1] for space in spec.spaces)
-    smallest = 1.0  # share of the parameters that stays at least; units are whole, so a little less may stay
-    if structures != {NONE}:
-        gone = total if any("hidden" in name for name in structures) else single
-        smallest = max(0.0, 1 - 1.05 * most * gone / total)
-    header = 1 << 20
-    why = "number format and structures of the space; zeros alone make no file smaller"
-    least = float(min(sizes))
-    formats = {name for space in spec.spaces for name in space.formats}
-    if formats & {*STORED} - {TORCHAO}:
-        least, why = total / 8, "a bit for every weight says where the zeros are"
-    elif TORCHAO in formats:
-        least, why = min(least, float(total)), "8 bits for every weight, and structures of the space"
-    return {
-        "bytes_disk": Reach(math.floor(least * smallest), max(sizes) + other + header, why),
-        "parameters": Reach(math.floor(total * smallest), total, "structures of the space"),
-        "nonzero": Reach(max(0, math.floor(total - 1.05 * most * max(single, total * (1 - smallest)))), total,
-                         "sparsities of the space"),
-        "sparsity": Reach(0.0, 1.0, ""),
-        "accuracy": ACCURACY,
-    }  # fmt: skip
+    return works
 
 
 def windows_folder(spec: StudySpec) -> Path:

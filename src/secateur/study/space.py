@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from secateur.errors import StudyError, UnknownNameError
@@ -192,8 +193,11 @@ def _methods(structure: str) -> dict[str, str]:
     return available("expert_criteria" if "experts" in names else "criteria")
 
 
-def read_space(data: Mapping[str, Any], where: str) -> Space:
+def read_space(data: Mapping[str, Any], where: str, folder: Path = Path()) -> Space:
     """A space out of a study file; ``data`` has lists, ranges or single values by name.
+
+    Args:
+        folder: what relative paths start from.
 
     Raises:
         UnknownNameError: for an unknown key or name; the nearest is suggested.
@@ -204,7 +208,7 @@ def read_space(data: Mapping[str, Any], where: str) -> Space:
         if key not in KEYS:
             raise UnknownNameError(f"key of {where}", key, KEYS)
     if CONVERT in values:
-        return _converting(values, where)
+        return _converting(values, where, folder)
     structures = tuple(map(_structure, _listed(values.get("structure", NONE), f"{where}: structure")))
     methods = tuple(map(str, _listed(values.get("method", []), f"{where}: method")))
     every = {name: None for structure in ("none", "ffn", "experts") for name in _methods(structure)}
@@ -247,7 +251,7 @@ def read_space(data: Mapping[str, Any], where: str) -> Space:
     return space
 
 
-def _converting(values: Mapping[str, Any], where: str) -> Space:
+def _converting(values: Mapping[str, Any], where: str, folder: Path) -> Space:
     """A space of conversions, in which nothing is pruned."""
     for key in values:
         if key not in BESIDE:
@@ -255,7 +259,7 @@ def _converting(values: Mapping[str, Any], where: str) -> Space:
                 f"{where}: {key} has no meaning beside convert", hint="give conversions an entry of the space's list"
             )
     return Space(
-        structures=(), conversions=read_conversions(values[CONVERT], f"{where}: convert"),
+        structures=(), conversions=read_conversions(values[CONVERT], f"{where}: convert", folder),
         recoveries=read_recoveries(values.get("recovery", NONE), where), dtypes=_dtypes(values, where),
     )  # fmt: skip
 

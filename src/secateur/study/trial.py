@@ -132,9 +132,7 @@ def make_model(task: Task, outcome: Outcome, recorder: Recorder) -> None:
 
 def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
     made, of_use = _make(task, outcome, recorder)
-    # Recovery changes neither shapes nor zeros, so operations are known already.
-    counted, outcome.missing = measure_flops(made, {} if task.recipe["structure"] else outcome.sparsity)
-    outcome.values |= counted
+    _count(task, made, outcome)
     bar = None if task.bar is None else Bar(**task.bar)
     opened = functools.partial(
         measuring, texts=Path(task.choice), first=task.first, device=task.device, reporter=recorder
@@ -172,6 +170,12 @@ def _run(task: Task, outcome: Outcome, recorder: Recorder) -> None:
         outcome.missing |= speed.missing
 
 
+def _count(task: Task, folder: Path, outcome: Outcome) -> None:
+    """Operations for a token, and parameters that take part in it. Most recoveries change none of them."""
+    counted, outcome.missing = measure_flops(folder, {} if task.recipe["structure"] else outcome.sparsity)
+    outcome.values |= counted
+
+
 def _proxy(task: Task) -> str:
     return "proxy_error" if task.choice.endswith(".jsonl") else "proxy_perplexity"
 
@@ -207,7 +211,11 @@ def _finish(task: Task, made: Path, outcome: Outcome, recorder: Recorder) -> Pat
     if task.training is not None:
         settings = Training.from_dict(task.training)
         dense = task.conversion is not None
-        recover(made, out, settings=settings, dense=dense, evaluate=False, overwrite=True, reporter=recorder)
+        done = recover(made, out, settings=settings, dense=dense, evaluate=False, overwrite=True, reporter=recorder)
+        if done.after.parameters != outcome.values["parameters"]:  # adapters came
+            outcome.values |= {"parameters": done.after.parameters, "nonzero": done.after.nonzero}
+            outcome.values |= {} if task.format in STORED else {"bytes_disk": done.after.bytes_disk}
+            _count(task, out, outcome)
         if not task.shared:
             shutil.rmtree(made, ignore_errors=True)
     elif made != out:

@@ -24,12 +24,15 @@ def write_card(folder: Path, result: PruneResult) -> None:
 
 
 def write_recovery_card(folder: Path, result: RecoverResult) -> None:
-    """The same for a model that was trained after pruning."""
+    """The same for a model that was trained after pruning or conversion."""
+    kind = "converted" if result.student.get("conversion") else "pruned"
     what = (
-        f"`{result.student['name']}`, a pruned model, trained by [secateur](https://pypi.org/project/secateur/) on "
-        f"{result.training['tokens']:,} tokens with its {result.zeros_held:,} zeros held: {result.sparsity:.2%} of the "
-        "prunable weights are zero."
+        f"`{result.student['name']}`, a {kind} model, trained by [secateur](https://pypi.org/project/secateur/) on "
+        f"{result.training['tokens']:,} tokens"
     )
+    if kind == "pruned" or result.zeros_held:
+        what += f" with its {result.zeros_held:,} zeros held: {result.sparsity:.2%} of the prunable weights are zero"
+    what += "."
     how = ORDINARY
     if is_converted(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
         how = WITH_SECATEUR

@@ -18,11 +18,13 @@ from secateur.checkpoint.source import Source, open_source, places_of
 from secateur.conversions.factorized import Factorized
 from secateur.conversions.fused import Fused
 from secateur.conversions.moe import Moe
+from secateur.conversions.relu import Relu
 from secateur.conversions.shared import Shared
 from secateur.converting import factorized, moe
 from secateur.converting.delta import apply_delta, write_delta
 from secateur.converting.fused import FuseWork
 from secateur.converting.opened import Converted, Opened, Work, open_model
+from secateur.converting.relu import ReluWork
 from secateur.converting.shared import IterateWork, ShareWork, shared_spec
 from secateur.errors import Interrupted, OutputError, RunError, SecateurError, UsageError, VerificationError
 from secateur.layers.spec import Spec
@@ -41,7 +43,7 @@ from secateur.verbs.verdict import conversion_sentences
 from secateur.verify import Expected
 from secateur.verify import verify as verify_folder
 
-Conversion = Factorized | Fused | Moe | Shared
+Conversion = Factorized | Fused | Moe | Relu | Shared
 SETTINGS = ("targets", "ignore", "calibration", "samples", "sequence_length", "seed", "device", "dtype",
             "compute_dtype", "activation_memory")  # fmt: skip
 """Fields of a recipe that a conversion looks at."""
@@ -113,7 +115,7 @@ def convert(
             tell_unmeasured({"data": text, "files": files, "prompt": prompt}, evaluate, opened.model, recorder)
             check_measurable(opened.model, data)
         loaded = Calibration(protocol={"calibration": "none: the conversion needs no data"})
-        if not isinstance(conversion, Fused) and conversion.statistics:
+        if conversion.statistics:
             demo = source.kind == "demo"
             loaded = load_calibration(recipe, opened.model, source.folder, recorder, data=own_data, demo=demo)
         else:
@@ -164,15 +166,18 @@ def convert(
     return result
 
 
-def check_conversion(conversion: Conversion, source: Source, recipe: Recipe) -> None:
+def check_conversion(conversion: Conversion, source: Source, recipe: Recipe) -> Work:
     """Refuse what `convert` would refuse of this model before it writes; no text is read, and nothing is said.
+
+    Returns:
+        What it would do, of which only the numbers are of use: nothing is open any more.
 
     Raises:
         SecateurError: with the reason.
     """
     with ExitStack() as stack:
         opened, spec = _open(conversion, source, recipe, Reporter(), stack)
-        _prepare(conversion, source.folder, opened, Calibration(protocol={}), spec, Reporter(), stack)
+        return _prepare(conversion, source.folder, opened, Calibration(protocol={}), spec, Reporter(), stack)
 
 
 def make_conversion(to: str | Conversion, options: Mapping[str, Any]) -> Conversion:
@@ -207,6 +212,8 @@ def _prepare(
         return factorized.prepare(conversion, opened, loaded.batches, loaded.probe, reporter)
     if isinstance(conversion, Moe):
         return moe.prepare(conversion, opened, loaded.batches, reporter)
+    if isinstance(conversion, Relu):
+        return ReluWork(opened, loaded.batches, reporter)
     if isinstance(conversion, Shared):
         return ShareWork(conversion, opened) if spec is None else IterateWork(conversion, opened, spec)
     if conversion.base is not None:

@@ -24,6 +24,7 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit, compute_dtype, parse_dtype, resolve_device, trim_memory
+from secateur.engine.entries import apply_changes, as_spelled
 from secateur.engine.forward import probe_inputs, rehearse, runs_in
 from secateur.engine.opening import open_checkpoint
 from secateur.engine.permute import FreeChannels, moved_keys
@@ -49,7 +50,6 @@ from secateur.recipe import Recipe
 from secateur.result import RESULT_FILE, PrunedMatrix
 from secateur.structured.channels import CutBinding
 from secateur.structured.configure import cut_shapes, shapes_of
-from secateur.structured.entries import apply_changes, as_spelled
 from secateur.verbs.asked import options_of
 from secateur.verbs.calibration import Calibration, Data, load_calibration
 from secateur.verbs.choices import Choices, check_gradients, choose_channels, gradient_scores

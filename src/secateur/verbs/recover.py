@@ -232,6 +232,8 @@ def _result(
     for side, place in folders.items():
         measured[side], protocol = _measured(place, prunable, lesson, asked, recorder)
     student = provenance(asked.model, opened.source, opened.sha256)
+    conversion = opened.result.get("conversion") or (opened.result.get("student") or {}).get("conversion")
+    student |= {"conversion": conversion} if conversion else {}
     return RecoverResult(
         out=str(asked.out),
         source=opened.result.get("source") or student,

@@ -20,6 +20,7 @@ from secateur.engine.activations import ActivationStore
 from secateur.engine.binding import Binding
 from secateur.engine.blocks import Structure, find_structure
 from secateur.engine.device import activation_limit
+from secateur.engine.entries import changed
 from secateur.engine.forward import NoSink, Stored, rehearse
 from secateur.engine.plan import Plan
 from secateur.errors import UnsupportedModelError, UsageError
@@ -32,7 +33,6 @@ from secateur.structured.channel_plan import plan_channels, plan_channels_with_u
 from secateur.structured.channels import Channels
 from secateur.structured.couplings import Kind
 from secateur.structured.depth import DepthPlan, other_choices, row_counts, without_blocks
-from secateur.structured.entries import changed
 from secateur.structured.experts import ExpertPlan, plan_experts
 from secateur.structured.ladder import first
 from secateur.structured.plan import WidthPlan, couplings_of_blocks, plan_counts, plan_widths

@@ -14,6 +14,7 @@ from secateur.budgets import Budget, parse_budget
 from secateur.checkpoint.source import Source
 from secateur.checkpoint.writer import Layout, layout_like
 from secateur.engine.device import parse_dtype
+from secateur.engine.entries import changed
 from secateur.errors import BudgetError, UnsupportedModelError, UsageError
 from secateur.measure.steps import step_seconds
 from secateur.plugins import Criterion
@@ -23,7 +24,6 @@ from secateur.structured import costs
 from secateur.structured.budget import MEASURED_SIZES, ladder, least, splits
 from secateur.structured.configure import noun, shapes_of
 from secateur.structured.couplings import Kind
-from secateur.structured.entries import changed
 from secateur.structured.ladder import count, divide, first
 from secateur.structured.offers import Offers, find_offers
 from secateur.verbs.calibration import Calibration

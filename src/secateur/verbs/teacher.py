@@ -72,15 +72,15 @@ def find_teacher(
             f"the teacher {name} is not the model any more that was pruned: its weights differ",
             hint="name the dense model with --teacher if this is it",
         )
-    if digest == sha256:
-        raise UsageError(
-            "the teacher is the model itself: there is nothing to learn", hint="name the dense model with --teacher"
-        )
     if settings.teacher is None and (earlier := _source_of(source.folder)):
         reporter.warn(
             f"the teacher {name} was pruned itself, from {earlier}: name that one with --teacher to learn from it"
         )
     dense = build_skeleton(source.folder)
+    if digest == sha256 and _entries(dense) == _entries(skeleton):
+        raise UsageError(
+            "the teacher is the model itself: there is nothing to learn", hint="name the dense model with --teacher"
+        )
     sizes = [model.config.get_text_config().vocab_size for model in (dense, skeleton)]
     if sizes[0] != sizes[1]:
         raise SourceError(
@@ -95,6 +95,11 @@ def find_teacher(
     _check_fit(settings, loss, dense, skeleton)
     config = (source.folder / "config.json").read_bytes()
     return Teacher(source, digest, hashlib.sha256(config).hexdigest())
+
+
+def _entries(model: transformers.PreTrainedModel) -> dict[str, Any]:
+    """What a config says of a model, but for where it lies: the same weights may be read in another way."""
+    return {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
 
 
 def _source_of(folder: Path) -> str | None:
@@ -141,6 +146,13 @@ def _check_fit(
             raise SourceError(
                 f"{name} has other shapes in the teacher: --mode blocks reads the dense weights into the same model",
                 hint="use --mode full or lora for a model from which whole units were removed",
+            )
+        kinds = [{name: type(module).__name__ for name, module in model.named_modules()} for model in (dense, skeleton)]
+        if other := next((name for name in kinds[1] if kinds[0].get(name) != kinds[1][name]), None):
+            raise SourceError(
+                f"{other} is {kinds[0].get(other)} in the teacher and {kinds[1][other]} in the model: --mode blocks "
+                "reads the dense weights into the same model",
+                hint="use --mode full or lora",
             )
     if is_classifier(skeleton) and dense.config.num_labels != skeleton.config.num_labels:
         raise SourceError(
