@@ -9,7 +9,7 @@ ARGS ?=
 
 # Together some hours on two cores.
 BENCHMARKS ?= startup speed memory quality two_pass structured compute evaluation recovery step_cost generalisation \
-  smaller export_gguf baselines noise sparse_size study_sharing solver_size page
+  smaller export_gguf baselines noise sparse_size rounding loading study_sharing solver_size page
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,8 @@ have_kernels = $(BIN)/python -c 'import sys; from secateur.runtime.kernels impor
 no_kernels = note: there are no CPU kernels (make kernels needs a C++ compiler and CMake); the sparse file is written, \
   but left out of the comparison: PyTorch unpacks it each time it is used, which is slow
 
-.PHONY: help install kernels kernels-sanitize demo test lint bench bench-kernels coverage docs docs-check wheel clean
+.PHONY: help install kernels kernels-guarded kernels-asan kernels-sanitize fuzz demo test lint bench bench-kernels \
+  coverage docs docs-check wheel clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets
@@ -54,13 +55,22 @@ install: $(VENV)/secateur ## Install secateur into .venv
 kernels: $(VENV)/secateur ## Build the CPU kernels and install them into .venv; needs a C++ compiler
 	$(PIP) install ./kernels
 
-kernels-sanitize: ## Run the kernels on guarded memory, then under AddressSanitizer and UBSan; needs CMake and a C++ compiler
+kernels-guarded: ## Run the kernels on memory guarded by unreadable pages; needs CMake and a C++ compiler
 	cmake -S kernels -B build/guarded -DSECATEUR_DRIVER=ON
-	cmake --build build/guarded --parallel 2 --target driver
+	cmake --build build/guarded --parallel 2 --target driver fuzz
 	build/guarded/driver $(ARGS)
+	build/guarded/fuzz
+
+kernels-asan: ## The same under AddressSanitizer and UBSan
 	cmake -S kernels -B build/sanitize -DSECATEUR_SANITIZE=ON
-	cmake --build build/sanitize --parallel 2 --target driver
+	cmake --build build/sanitize --parallel 2 --target driver fuzz
 	build/sanitize/driver $(ARGS)
+	build/sanitize/fuzz
+
+kernels-sanitize: kernels-guarded kernels-asan ## Both
+
+fuzz: $(VENV)/dev ## Open 10,000 damaged packed folders in a process that is watched
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.packing.fuzz $(ARGS)
 
 # Without a C++ compiler the demo does without the kernels: the sparse file is written, its speed is not measured.
 demo: $(VENV)/secateur ## Prune a real model twice, half of its weights and a fifth of its neurons, and compare on one page

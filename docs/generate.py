@@ -317,6 +317,8 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "step_cost",
             "startup",
             "export_gguf",
+            "rounding",
+            "loading",
             "study_sharing",
             "page",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -185,6 +186,30 @@ def test_a_model_without_zeros_is_refused_with_what_it_would_cost(tmp_path):
     result = export(folder, tmp_path / "out", format="sparse", bits=8, force=True, verify=False)
     assert {matrix.kind for matrix in result.matrices} == {"dense"}
     assert len(result.warnings) == 1
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(16, "plain"), (8, "dense"), (4, "dense")])
+def test_a_matrix_in_which_zeros_do_not_pay_stays_dense_and_the_table_says_why(bits, kind, tmp_path):
+    model = pruned("llama")
+    with torch.no_grad():
+        full = model.model.layers[1].self_attn.o_proj.weight
+        full[full == 0] = 0.5
+        few = model.model.layers[0].mlp.down_proj.weight
+        few.fill_(0.5)[0, :3] = 0
+    folder = save(tmp_path / "m", model)
+    result = export(folder, tmp_path / "out", format="sparse", bits=bits, verify=False)
+    told = {matrix.name: matrix for matrix in result.matrices}
+    for name in ("model.layers.1.self_attn.o_proj", "model.layers.0.mlp.down_proj"):
+        assert told[name].kind == kind
+        assert re.fullmatch(
+            r"\d+% zeros as stored do not pay: \d+\.\d\d bits a weight with a mask, \d+\.\d\d without",
+            told[name].reason,
+        )
+        mask, dense = (float(number) for number in re.findall(r"\d+\.\d\d", told[name].reason))
+        assert mask > dense
+    others = [one for one in told.values() if one.in_block and one.kind != kind]
+    assert len(others) == len([one for one in told.values() if one.in_block]) - 2
+    assert all("without a mask" in one.reason or "every four" in one.reason for one in others)
 
 
 @pytest.mark.parametrize(

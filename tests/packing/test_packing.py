@@ -108,6 +108,18 @@ def test_a_full_word_and_an_empty_one():
     assert popcount(words).tolist() == [[64, 0, 1, 1]]
 
 
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=9))
+def test_set_bits_are_counted_alike_with_and_without_numpy(numbers):
+    class Other(torch.Tensor):  # what is no plain tensor goes the way of other devices
+        pass
+
+    words = torch.tensor(numbers)
+    wanted = [bin(number % 2**64).count("1") for number in numbers]
+    for counts in (popcount(words), popcount(words.as_subclass(Other)), popcount(words.repeat(2, 1).T)[:, 0]):
+        assert counts.dtype == torch.uint8
+        assert counts.tolist() == wanted
+
+
 def test_two_of_four_is_taken_where_it_fits_and_a_mask_where_rows_are_emptier():
     full = torch.tensor([[0.0, 1, 2, 0] * 32] * 8)
     assert best(entries_for(count(full, Setting(16)), Setting(16))).kind == "2:4"

@@ -108,6 +108,28 @@ def test_blocks_that_compute_something_else_are_found_out(llama, monkeypatch):
     assert blocks.speed_up(slow(llama)) == 2
 
 
+@pytest.mark.parametrize("other", ["forward of its own", "activation", "scaling"])
+def test_of_blocks_that_are_built_alike_one_is_compared(llama, monkeypatch, other):
+    compared = []
+    real = blocks._agree
+    monkeypatch.setattr(blocks, "_agree", lambda *given: compared.append(given[0]) or real(*given))
+    plain = slow(llama)
+    assert blocks.speed_up(plain) == 2
+    assert len(compared) == 1
+    compared.clear()
+    plain = slow(llama)
+    last = plain.model.layers[1]
+    if other == "forward of its own":
+        own = type(last.input_layernorm).forward
+        last.input_layernorm.forward = lambda x: own(last.input_layernorm, x) * 1.1
+    elif other == "activation":
+        last.mlp.act_fn = torch.nn.GELU()
+    else:
+        last.self_attn.scaling *= 1.1  # the calls take it as it is
+    assert blocks.speed_up(plain) == (2 if other == "scaling" else 1)
+    assert len(compared) == 2
+
+
 def test_generation_and_caches(llama, counted):
     asked = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     wanted = slow(llama).generate(IDS, **asked)

@@ -10,7 +10,7 @@ from torch import nn
 
 from secateur.errors import CheckpointError, UnsupportedModelError
 from secateur.packing.pack import Setting, count, entries_for, pack
-from secateur.runtime import modules
+from secateur.runtime import kernels, modules
 from secateur.runtime.modules import Packed, SparseEmbedding, SparseLinear, TiedEmbedding, TiedLinear, packed_for
 from secateur.verbs.export import export
 from tests.models import tiny_model, tiny_tokenizer
@@ -126,6 +126,36 @@ def test_transformers_loads_the_base_model_and_other_number_formats(folder):
     assert whole.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
     whole.tie_weights()  # again, as some code does
     assert isinstance(whole.lm_head, TiedLinear)
+
+
+def test_a_wheel_that_does_not_fit_is_told_when_a_model_is_opened(folder, monkeypatch):
+    import transformers
+
+    from secateur.runtime import quantizer
+
+    told = []
+    why = "secateur-kernels is version 9.0.0, this secateur needs 0.1"
+    for place in (quantizer, kernels):
+        monkeypatch.setattr(place, "find", lambda: kernels.Kernels(None, why))
+    monkeypatch.setattr(quantizer.logger, "warning_once", told.append)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert len(told) == 1
+    assert why in told[0]
+    with torch.no_grad():
+        assert model(torch.tensor([[3]])).logits.isfinite().all()
+
+
+def test_a_header_that_packs_what_the_model_has_not_is_refused(folder, tmp_path):
+    import json
+
+    import transformers
+
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 0}))
+    with pytest.raises(CheckpointError, match=r"the header packs model\.layers\.0\..*, which the model has not"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_transformers_refuses_what_was_tampered_with(folder, tmp_path):

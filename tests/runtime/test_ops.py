@@ -105,6 +105,25 @@ def test_without_the_wheel_pytorch_computes_it(forget, monkeypatch):
     torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight, made.bias))
 
 
+def test_a_variant_that_the_processor_lacks_is_refused_with_those_it_has(forget, monkeypatch):
+    def lacking(name):
+        raise ValueError("kernel variant 'avx512' is unknown, or this CPU cannot run it; it can run portable")
+
+    monkeypatch.setattr(kernels.importlib, "import_module", lacking)
+    with pytest.raises(UsageError, match="'avx512'.*cannot run it; it can run portable") as caught:
+        kernels.find()
+    assert caught.value.hint == "unset SECATEUR_KERNELS to take the best"
+
+
+def test_a_wheel_that_cannot_be_opened_is_told_and_pytorch_computes(forget, monkeypatch):
+    def broken(name):
+        raise OSError("_kernels.so: cannot open shared object file")
+
+    monkeypatch.setattr(kernels.importlib, "import_module", broken)
+    assert kernels.find().reason == "secateur-kernels is broken: _kernels.so: cannot open shared object file"
+    assert module_of().activations is None
+
+
 @pytest.mark.parametrize("other", [{"__version__": "9.0.0", "ABI": 1}, {"__version__": "0.1.0", "ABI": 2}])
 def test_a_wheel_that_does_not_fit_is_not_used(other, forget, monkeypatch):
     monkeypatch.setitem(sys.modules, kernels.PACKAGE, SimpleNamespace(**other))

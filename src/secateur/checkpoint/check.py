@@ -68,7 +68,7 @@ def check_model_folder(folder: str | Path, *, packed: bool = False, torchao: boo
     with CheckpointReader(folder) as reader:
         if header is not None:
             infos = [reader.info(key) for key in reader.keys]
-            check_places(header, {info.key: (info.dtype, info.shape) for info in infos}, folder)
+            check_places(header, {info.key: (info.dtype, info.shape, info.offset) for info in infos}, folder)
         for key in reader.keys:
             info = reader.info(key)
             narrow = len(info.shape) > 1 and key.endswith("weight") and info.dtype not in PLAIN_FLOATS

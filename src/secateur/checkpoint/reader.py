@@ -263,9 +263,11 @@ def read_header(path: Path, shard: str) -> tuple[list[TensorInfo], dict[str, str
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER):
                 raise corrupt(path, f"its header would need {length} bytes, the file has {size}")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_once)
     except OSError as error:
         raise unreadable(path, error) from None
+    except _TwiceError as error:
+        raise corrupt(path, f"its header has {error.args[0]!r:.80} twice") from None
     except (ValueError, RecursionError):
         raise corrupt(path, "its header is not JSON") from None
     if not isinstance(header, dict):
@@ -282,6 +284,20 @@ def read_header(path: Path, shard: str) -> tuple[list[TensorInfo], dict[str, str
     if expected != size:
         raise corrupt(path, f"its tensors need {expected} bytes, the file has {size}")
     return infos, metadata
+
+
+class _TwiceError(Exception):
+    """A key that occurs twice in an object of JSON."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON in which a key twice is an error: readers differ in which of the two they take."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _TwiceError(name)
+        found[name] = value
+    return found
 
 
 def _by_place(info: TensorInfo) -> tuple[int, int]:

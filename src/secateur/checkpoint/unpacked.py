@@ -29,7 +29,9 @@ class UnpackedReader(CheckpointReader):
     def __init__(self, folder: str | Path, header: Header, dtype: torch.dtype) -> None:
         super().__init__(folder)
         self.header = header
-        check_places(header, {key: (info.dtype, info.shape) for key, info in self._infos.items()}, self.folder)
+        check_places(
+            header, {key: (info.dtype, info.shape, info.offset) for key, info in self._infos.items()}, self.folder
+        )
         self._packed: dict[str, tuple[str, Entry]] = {}
         self._parts: dict[str, TensorInfo] = {}
         hidden = {f"{name}.{part}" for name, entry in header.matrices.items() for part in entry.parts()}

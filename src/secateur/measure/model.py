@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 
 from secateur.engine.device import parse_dtype, resolve_device
-from secateur.errors import MissingExtraError, UnsupportedModelError
+from secateur.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from secateur.formats.torchao import INSTALL, PACKAGE, is_installed, quiet_import
 from secateur.runtime import hook
+
+_NO_MODEL = (StrictDataclassError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+"""What transformers raises for a config that makes no sense, or weights that are another model's."""
+_HINT = "config.json does not belong to these weights, or was changed; get the model again"
 
 
 def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> transformers.PreTrainedModel:
@@ -27,6 +32,7 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
         UsageError: for an unknown device or dtype.
         UnsupportedModelError: when transformers has no class of the name in config.json.
         MissingExtraError: for a model of torchao where that is not installed.
+        CheckpointError: when config and weights do not make a model.
     """
     where = resolve_device(device)
     parse_dtype(dtype, "dtype")
@@ -42,9 +48,25 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
         raise MissingExtraError(f"{folder} holds numbers of torchao, which is not installed", hint=INSTALL)
     hook.install()
     with quiet_loading(), quiet_import() if rounded else contextlib.nullcontext():
-        # Given, so that a converted folder is opened by the config of its architecture.
-        known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        model = stock.from_pretrained(folder, config=known, dtype=dtype, local_files_only=True, use_safetensors=True)
+        try:
+            # Given, so that a converted folder is opened by the config of its architecture.
+            known = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            model, info = stock.from_pretrained(
+                folder,
+                config=known,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except _NO_MODEL as error:
+            told = " ".join(str(error).split())
+            raise CheckpointError(
+                f"{folder} cannot be opened by transformers: {type(error).__name__}: {told}", hint=_HINT
+            ) from error
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:  # the loader only warns, and makes weights up
+        raise CheckpointError(f"{folder} lacks weights of the model, the first is {missing[0]}", hint=_HINT)
     return model.eval().to(where)
 
 

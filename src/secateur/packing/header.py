@@ -55,7 +55,7 @@ class Header:
             raise _broken("it has no format_version")
         if version != VERSION:
             raise UnsupportedModelError(
-                f"the sparse format has version {version}, this secateur reads version {VERSION}",
+                f"config.json: the sparse format has version {version}, this secateur reads version {VERSION}",
                 hint="a newer secateur may read it" if version > VERSION else "export the model again",
             )
         if sys.byteorder != "little":
@@ -69,7 +69,7 @@ class Header:
         found = {}
         for name, entry in matrices.items():
             if not isinstance(name, str) or not all(part.isidentifier() or part.isdigit() for part in name.split(".")):
-                raise bad(repr(name)[:80], "that is no name of a module")
+                raise _broken(f"{name!r:.80} is no name of a module")
             found[name] = Entry.from_dict(name, entry)
         return cls(found)
 
@@ -87,15 +87,22 @@ def header_of(config: Mapping[str, Any]) -> Header | None:
     return Header.from_dict(data)
 
 
-def check_places(header: Header, stored: Mapping[str, tuple[Any, tuple[int, ...]]], where: str | Path) -> None:
+def check_places(header: Header, stored: Mapping[str, tuple[Any, tuple[int, ...], int]], where: str | Path) -> None:
     """Compare the tensors that a header asks for with those that the files' own headers describe.
 
     Args:
-        stored: name of a tensor -> number format (torch's) and shape.
+        stored: name of a tensor -> number format (torch's), shape, and the byte of its file at which it begins.
 
     Raises:
-        CheckpointError: naming the first that is missing or another.
+        CheckpointError: naming the first that is missing, another, or at a place at which it cannot be read.
     """
+    for key, (dtype, _, offset) in stored.items():
+        # Files are mapped into memory: kernels would read whole numbers at odd addresses.
+        if offset % dtype.itemsize:
+            raise CheckpointError(
+                f"{where}: tensor {key} begins at byte {offset}, which is no multiple of {dtype.itemsize}",
+                hint="the file was changed or damaged; download or export it again",
+            )
     for name, entry in header.matrices.items():
         for part, wanted in entry.parts().items():
             key = f"{name}.{part}"
@@ -103,8 +110,8 @@ def check_places(header: Header, stored: Mapping[str, tuple[Any, tuple[int, ...]
                 raise CheckpointError(
                     f"{where}: packed matrix {name} lacks its tensor {key}", hint="download or export it again"
                 )
-            if stored[key] != wanted:
-                raise bad(name, f"its tensor {key} is {_told(stored[key])}, the header says {_told(wanted)}")
+            if stored[key][:2] != wanted:
+                raise bad(name, f"its tensor {key} is {_told(stored[key][:2])}, the header says {_told(wanted)}")
 
 
 def _told(place: tuple[Any, tuple[int, ...]]) -> str:

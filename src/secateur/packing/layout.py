@@ -131,7 +131,7 @@ class Entry:
             raise bad(name, f"it has {entry.rows} rows and {entry.columns} columns")
         if entry.bits not in BITS:
             raise bad(name, f"it has {entry.bits} bits, known are {', '.join(map(str, BITS))}")
-        if entry.dtype not in (_HALVES if entry.bits == 16 else ("",)):
+        if entry.dtype not in (tuple(_HALVES) if entry.bits == 16 else ("",)):  # a tuple: it may be no key of a table
             raise bad(name, f"its dtype is {_short(entry.dtype)} at {entry.bits} bits")
         if entry.group_size % WORD or (entry.bits == 16 and entry.group_size):
             raise bad(name, f"its group_size is {entry.group_size} at {entry.bits} bits")

@@ -5,7 +5,8 @@ than the products. Here norm, query, key and value and the rotation of places ar
 attention another; cache and attention stay those of transformers, so that any cache, mask and window works.
 
 Whether a block is such a one is not told by the name of its class: modules with the usual names are taken, and then the
-block itself and the two calls must give the same for random inputs, else it stays as it is. Prompts, batches,
+block itself and the two calls must give the same for random inputs, else it stays as it is. Of blocks that differ in
+their numbers only, the first is compared: that takes longer than reading their weights. Prompts, batches,
 gradients, what is traced, and blocks that something was hooked into go through the block's own forward.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -126,11 +128,13 @@ def speed_up(model: nn.Module) -> int:
     rotary = next((part for name, part in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"), None)
     if rotary is None or not hasattr(kernels.find().module, "Block"):
         return 0
-    found = 0
+    found, agreed = 0, set()
     for block in model.modules():
         if _has_the_parts(block):
             fast = FastBlock(block)
-            if _agree(block, fast, rotary):
+            way = _way(fast)
+            if way in agreed or _agree(block, fast, rotary):
+                agreed.add(way)
                 block.forward = fast
                 found += 1
     return found
@@ -193,3 +197,15 @@ def _agree(block: nn.Module, fast: FastBlock, rotary: nn.Module) -> bool:
     if not isinstance(own, Tensor) or own.shape != ours.shape:
         return False
     return bool((own.double() - ours.double()).abs().max() <= _NEAR[norm.dtype] * own.double().abs().max())
+
+
+def _way(fast: FastBlock) -> tuple[Any, ...]:
+    """All that tells how a block computes, but for its tensors and its place in the model."""
+    own: list[Any] = []
+    for part in (fast.block, *(part for _, _, part in fast._parts)):
+        settings = {name: value for name, value in vars(part).items() if isinstance(value, str | int | float | None)}
+        settings.pop("layer_idx", None)
+        forward = vars(part).get("forward")  # one that was put into this module alone
+        own.append((type(part), tuple(sorted(settings.items())), None if forward is None else id(forward)))
+    layouts = [(replace(one.entry, values=0), one.bias is None) for one in fast._matrices]
+    return *own, *layouts, *(norm.weight.dtype for norm in fast._norms)

@@ -67,6 +67,11 @@ class SparseQuantizer(HfQuantizer):
         for name, entry in header.matrices.items():
             place = _place_of(model, name)
             if place is None:
+                if type(model).__name__ in (model.config.architectures or ()):
+                    raise CheckpointError(
+                        f"the header packs {name}, which the model has not",
+                        hint="config.json does not belong to these weights",
+                    )
                 continue  # such as the head, when the model is opened without one
             parent, leaf = place
             old = getattr(parent, leaf)
@@ -103,14 +108,14 @@ class SparseQuantizer(HfQuantizer):
 
 def _check_files(header: Header, files: Sequence[str]) -> None:
     """The headers of the files against that of the format, before a tensor is read."""
-    stored: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    stored: dict[str, tuple[torch.dtype, tuple[int, ...], int]] = {}
     for file in map(Path, files):
         if file.suffix != ".safetensors":
             raise UnsafeCheckpointError(f"{file} is not a safetensors file", hint="the sparse format has no other")
         for info in read_header(file, file.name)[0]:
             if info.key in stored:
                 raise CheckpointError(f"tensor {info.key} is in {file} and in another file")
-            stored[info.key] = info.dtype, info.shape
+            stored[info.key] = info.dtype, info.shape, info.offset
     check_places(header, stored, Path(files[0]).parent if files else "the checkpoint")
 
 
