@@ -23,6 +23,7 @@ from secateur.checkpoint.check import check_model_folder, hash_folder, is_finite
 from secateur.checkpoint.reader import CheckpointReader
 from secateur.checkpoint.source import Source
 from secateur.checkpoint.writer import hash_file
+from secateur.engine.quiet import quiet_loading
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import (
     MissingExtraError,
@@ -125,7 +126,7 @@ class TorchAOPlan:
                 f"transformers {transformers.__version__} has no class {name}", hint="a newer transformers may have it"
             )
         reporter.stage("round to 8 bits", 1)
-        with _quiet():
+        with quiet_loading(), quiet_import():
             from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
             how = transformers.TorchAoConfig(Int8DynamicActivationInt8WeightConfig())
@@ -213,17 +214,3 @@ def quiet_import() -> Iterator[None]:
     finally:
         for one, level in zip(own, levels, strict=True):
             one.setLevel(level)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Progress is told through a reporter, not by libraries."""
-    told = transformers.utils.logging
-    was_on = told.is_progress_bar_enabled()
-    told.disable_progress_bar()
-    try:
-        with quiet_import():
-            yield
-    finally:
-        if was_on:
-            told.enable_progress_bar()

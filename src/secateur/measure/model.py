@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 
 from secateur.engine.device import parse_dtype, resolve_device
+from secateur.engine.quiet import quiet_loading
 from secateur.errors import CheckpointError, MissingExtraError, UnsupportedModelError
 from secateur.formats.torchao import INSTALL, PACKAGE, is_installed, quiet_import
 from secateur.runtime import hook
@@ -68,16 +68,3 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
     if missing:  # the loader only warns, and makes weights up
         raise CheckpointError(f"{folder} lacks weights of the model, the first is {missing[0]}", hint=_HINT)
     return model.eval().to(where)
-
-
-@contextlib.contextmanager
-def quiet_loading() -> Iterator[None]:
-    """Progress is told through a reporter, not by libraries."""
-    logging = transformers.utils.logging
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()

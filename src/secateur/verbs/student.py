@@ -11,9 +11,10 @@ import transformers
 
 from secateur.checkpoint.source import Source
 from secateur.engine.blocks import find_structure
+from secateur.engine.quiet import quiet_loading
 from secateur.engine.skeleton import build_skeleton
 from secateur.errors import UnsupportedModelError, UsageError
-from secateur.measure.model import load_model, quiet_loading
+from secateur.measure.model import load_model
 from secateur.recovery.adapter_moe import add_adapter_experts
 from secateur.recovery.lora import add_adapters
 from secateur.recovery.zeros import HeldZeros

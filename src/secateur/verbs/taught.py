@@ -19,9 +19,9 @@ from secateur.engine.binding import Binding
 from secateur.engine.blocks import find_structure
 from secateur.engine.forward import probe_inputs
 from secateur.engine.inputs import output_tensor
+from secateur.engine.quiet import quiet_loading
 from secateur.engine.skeleton import build_skeleton
 from secateur.layers.spec import converted_config
-from secateur.measure.model import quiet_loading
 from secateur.measure.texts import padding_token
 from secateur.recovery.adapter_moe import adapter_spec
 from secateur.recovery.zeros import HeldZeros

@@ -14,9 +14,10 @@ import transformers
 from secateur.checkpoint.ledger import Ledger
 from secateur.checkpoint.source import Source
 from secateur.engine.device import trim_memory
+from secateur.engine.quiet import quiet_loading
 from secateur.errors import OutputError, RunError, UsageError
 from secateur.measure.embeddings import read_pooling
-from secateur.measure.model import load_model, quiet_loading
+from secateur.measure.model import load_model
 from secateur.measure.perplexity import perplexity
 from secateur.measure.texts import padding_token
 from secateur.processes import Processes
