@@ -4,10 +4,10 @@ By the reference protocol: calibration is the first 32 windows of 1,024 tokens o
 perplexity is measured on the first 40 windows of 1,024 tokens of the test text. "factorized" keeps at most 80 % of the
 block parameters; "plain" weights nothing by activations. "moe" cuts each feed-forward network into 48 experts of 32
 neurons and computes so many of them for each token; "random" is the router by similarity with random numbers in its
-place. "a" and "b" are the demo model trained on sentences of SST-2, with a word for their label, and on the
-calibration half of the built-in Python text (full, lm, 81,920 tokens each); "fused" is both in one at rank 32, "mean"
-the average of their weights. Their perplexities are those of windows of 512 tokens of the other sentences and of the
-other half.
+place; "activations" and "coactivation" are the split, which is by weights elsewhere. "a" and "b" are the demo model
+trained on sentences of SST-2, with a word for their label, and on the calibration half of the built-in Python text
+(full, lm, 81,920 tokens each); "fused" is both in one at rank 32, "mean" the average of their weights. Their
+perplexities are those of windows of 512 tokens of the other sentences and of the other half.
 Minutes are of the conversion, on one thread, with other work on the second core.
 
     SECATEUR_DATA=folder python benchmarks/conversions.py [--only "moe 24 oracle,fused"]
@@ -34,6 +34,8 @@ RUNS: dict[str, list[str]] = {
     "moe 24 mlp": [*MOE, "--top-k", "24"],
     "moe 24 similarity": [*MOE, "--top-k", "24", "--router", "similarity"],
     "moe 24 random": [*MOE, "--top-k", "24", "--router", "similarity"],
+    "moe 24 mlp activations": [*MOE, "--top-k", "24", "--split", "activations"],
+    "moe 24 mlp coactivation": [*MOE, "--top-k", "24", "--split", "coactivation"],
     "moe 12 oracle": [*MOE, "--top-k", "12", "--router", "oracle"],
     "moe 36 oracle": [*MOE, "--top-k", "36", "--router", "oracle"],
     "moe 48 oracle": [*MOE, "--top-k", "48", "--router", "oracle"],

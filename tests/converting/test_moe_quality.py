@@ -33,7 +33,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny(tmp_path_factory.mktemp("trained") / "model", "llama", hidden_act="relu", intermediate_size=128)
     model = load_model(folder, dtype="float32").train()
     adam = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(300):
+    for step in range(150):
         ids = sentences(32, step + 1)
         adam.zero_grad()
         model(ids, labels=ids).loss.backward()
