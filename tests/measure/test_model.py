@@ -39,6 +39,7 @@ def test_a_folder_is_opened_with_its_own_weights(folder):
         ({"head_dim": 7}, "cannot be opened by transformers"),
         ({"use_cache": 5}, "cannot be opened by transformers: .*use_cache"),
         ({"dtype": 1.5}, "cannot be opened by transformers"),
+        ({"dtype": []}, "cannot be opened by transformers: IndexError"),
     ],
 )
 def test_a_config_that_is_not_of_these_weights_is_refused(folder, tmp_path, values, said):

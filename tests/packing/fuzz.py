@@ -31,6 +31,8 @@ SECONDS = 30.0
 """For one folder; opening takes some hundredths of one."""
 MEMORY = 2**30
 """More address space than at the start, in bytes: a damaged number must not be believed so far."""
+_TICKS = 50
+"""In which that time is counted: both processes may be stopped together for as long as someone likes."""
 FINE = ("refused", "refused, transformers too", "runs")
 """What may come of a damaged folder."""
 
@@ -120,13 +122,15 @@ def _line(process: subprocess.Popen[bytes], waiting: bytearray, seconds: float) 
         EOFError: when there is none.
     """
     assert process.stdout is not None
+    ticks = _TICKS
     while b"\n" not in waiting:
-        if not select.select([process.stdout], [], [], seconds)[0]:
+        if select.select([process.stdout], [], [], seconds / _TICKS)[0]:
+            got = os.read(process.stdout.fileno(), 1 << 16)
+            if not got:
+                raise EOFError
+            waiting += got
+        elif (ticks := ticks - 1) == 0:
             raise TimeoutError
-        got = os.read(process.stdout.fileno(), 1 << 16)
-        if not got:
-            raise EOFError
-        waiting += got
     line, _, rest = waiting.partition(b"\n")
     waiting[:] = rest
     return line.decode(errors="replace")

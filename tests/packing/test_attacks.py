@@ -81,7 +81,7 @@ def test_a_crash_and_a_hang_are_told_with_their_seed_and_the_rest_goes_on(tmp_pa
     python = tmp_path / "python"
     python.write_text(WATCHED, encoding="utf-8")
     python.chmod(0o755)
-    found = list(watch([tmp_path], 0, 5, seconds=0.05, python=str(python)))
+    found = list(watch([tmp_path], 0, 5, seconds=0.5, python=str(python)))
     assert [(seed, outcome) for seed, outcome, _ in found] == [
         (0, "SIGSEGV"), (1, "hangs"), (2, "ends with status 3"), (3, "runs"), (4, "runs"),
     ]  # fmt: skip

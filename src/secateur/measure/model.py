@@ -16,7 +16,9 @@ from secateur.errors import CheckpointError, MissingExtraError, UnsupportedModel
 from secateur.formats.torchao import INSTALL, PACKAGE, is_installed, quiet_import
 from secateur.runtime import hook
 
-_NO_MODEL = (StrictDataclassError, AttributeError, KeyError, RuntimeError, TypeError, ValueError)
+_NO_MODEL = (
+    StrictDataclassError, ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 """What transformers raises for a config that makes no sense, or weights that are another model's."""
 _HINT = "config.json does not belong to these weights, or was changed; get the model again"
 
