@@ -164,14 +164,15 @@ def _has_the_parts(model: Any) -> bool:
     config = model.config
     embedding, rope = children.get("embed_tokens"), getattr(children.get("rotary_emb"), "rope_type", None)
     windows = windows_of(config)
+    blocks: Any = children.get("layers")
     return (
         set(children) == set(_BASE)
-        and type(children["layers"]) is nn.ModuleList
-        and len(children["layers"]) == config.num_hidden_layers == len(windows)
-        and all(map(has_the_parts, children["layers"]))
+        and type(blocks) is nn.ModuleList
+        and len(blocks) == config.num_hidden_layers == len(windows)
+        and all(map(has_the_parts, blocks))
         and all(
             block.self_attn.config is config and (getattr(block.self_attn, "sliding_window", None) or 0) in (0, window)
-            for block, window in zip(children["layers"], windows, strict=True)
+            for block, window in zip(blocks, windows, strict=True)
         )
         # Frequencies that depend on the length are not those of a table.
         and isinstance(rope, str) and "dynamic" not in rope and rope != "longrope"
