@@ -43,7 +43,8 @@ enum sk_status {
   SK_BAD_PATTERN = 6, /* bits behind the last column, or places of 2:4 that do not ascend */
   SK_NO_MEMORY = 7,
   SK_NO_VARIANT = 8, /* unknown, or this CPU cannot run it */
-  SK_BAD_SCALE = 9   /* not finite */
+  SK_BAD_SCALE = 9,  /* not finite */
+  SK_FULL = 10       /* no place left in a cache */
 };
 
 typedef struct sk_matrix {
@@ -90,7 +91,8 @@ typedef struct sk_norm {
 /* One token through a block as Llama has it, without its attention; all of x, out, cosines, sines of one type.
  *
  * Before: out = query, key and value of x after its norm (x / sqrt(mean of squares + epsilon) * weight), side by side;
- * of each head of query and key the pairs (i, i + rotated / 2) are turned by the cosines and sines (`rotated` of each).
+ * of each head of query and key the pairs (i, i + rotated / 2) are turned by the cosines and sines (`rotated` of each;
+ * none for 0).
  * matrices: query, key, value. */
 SK_API int sk_block_before(const sk_matrix *matrices, const sk_norm *norm, const void *x, int type, const void *cosines,
                            const void *sines, int64_t head, int64_t rotated, int activations, void *out, int threads);
@@ -99,6 +101,31 @@ SK_API int sk_block_before(const sk_matrix *matrices, const sk_norm *norm, const
  * matrices: output, gate, up, down. */
 SK_API int sk_block_behind(const sk_matrix *matrices, const sk_norm *norm, const void *attended, const void *x, int type,
                            int activations, void *out, int threads);
+
+/* A block of a model: matrices are query, key, value, output, gate, up, down. */
+typedef struct sk_block {
+  sk_matrix matrices[7];
+  sk_norm norms[2];      /* before the attention, before the network */
+  int64_t head, rotated; /* rotated: 0, or as many cosines and sines as a token has */
+  float scale;           /* of the products of queries and keys */
+  int32_t reserved;
+} sk_block;
+
+/* Keys and values of the tokens so far, both groups x places x head, of the type of x. */
+typedef struct sk_cache {
+  void *keys, *values;
+  int64_t places, used;
+  int64_t window; /* the token attends to so many places, itself among them; 0: to all */
+} sk_cache;
+
+/* One token through all blocks: its key and value are put at place `used` of each cache, which then is one more.
+ *
+ * x: the row of the embedding; cosines, sines: those of the token's place. out = head(norm of what comes out of the last
+ * block), head->rows numbers; without a head (null) it is that norm. All of one type. On an error caches hold what they
+ * held, but for the place `used`. */
+SK_API int sk_decode(const sk_block *blocks, sk_cache *caches, int count, const sk_norm *norm, const sk_matrix *head,
+                     const void *x, int type, const void *cosines, const void *sines, int activations, void *out,
+                     int threads);
 
 /* Rows first to last (exclusive) as numbers: out is (last - first) x columns, contiguous. */
 SK_API int sk_unpack(const sk_matrix *matrix, int64_t first, int64_t last, void *out, int type, int threads);

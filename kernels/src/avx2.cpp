@@ -211,6 +211,7 @@ bool runs() {
 
 }  // namespace
 
+#include "attention.h"
 #include "tiles.h"
 
-const Variant variant_avx2 = {"avx2", runs, select, unpacker, prepare};
+const Variant variant_avx2 = {"avx2", runs, select, unpacker, prepare, attend};

@@ -160,10 +160,11 @@ bool runs() {
 
 }  // namespace
 
+#include "attention.h"
 #include "tiles.h"
 
 #if SK_BF16_DOT
-const Variant variant_avx512_bf16 = {"avx512_bf16", runs, select, unpacker, prepare};
+const Variant variant_avx512_bf16 = {"avx512_bf16", runs, select, unpacker, prepare, attend};
 #else
-const Variant variant_avx512 = {"avx512", runs, select, unpacker, prepare};
+const Variant variant_avx512 = {"avx512", runs, select, unpacker, prepare, attend};
 #endif

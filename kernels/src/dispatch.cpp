@@ -41,7 +41,9 @@ const Variant *first_choice() {
 
 std::atomic<const Variant *> chosen{nullptr};
 
-const Variant &in_use() {
+}  // namespace
+
+const Variant &variant_in_use() {
   const Variant *variant = chosen.load(std::memory_order_acquire);
   if (variant == nullptr) {
     variant = first_choice();
@@ -49,6 +51,8 @@ const Variant &in_use() {
   }
   return *variant;
 }
+
+namespace {
 
 // Memory of a calling thread for its activations; it grows to the widest call and stays.
 struct Scratch {
@@ -176,6 +180,7 @@ const char *sk_message(int status) {
     case SK_NO_MEMORY: return "no memory for the activations";
     case SK_NO_VARIANT: return "no such variant, or this CPU lacks its instructions";
     case SK_BAD_SCALE: return "a scale is not finite";
+    case SK_FULL: return "there is no place left in a cache";
     default: return "unknown status";
   }
 }
@@ -183,7 +188,7 @@ const char *sk_message(int status) {
 int sk_variant_count(void) { return COUNT; }
 const char *sk_variant_name(int number) { return number >= 0 && number < COUNT ? variants[number]->name : nullptr; }
 int sk_variant_runs(int number) { return number >= 0 && number < COUNT && variants[number]->runs(); }
-const char *sk_variant(void) { return in_use().name; }
+const char *sk_variant(void) { return variant_in_use().name; }
 
 int sk_use(const char *name) {
   const Variant *variant = name ? named(name) : best();
@@ -196,7 +201,7 @@ int sk_linear(const sk_matrix *matrices, int count, const void *x, int type, int
               int threads) {
   if (matrices == nullptr || count < 1 || count > MOST_MATRICES) return SK_NO_MATRIX;
   if (!is_type(type) || activations < SK_FLOAT || activations > SK_INT8_GROUP) return SK_BAD_LAYOUT;
-  const Variant &variant = in_use();
+  const Variant &variant = variant_in_use();
   Kernel kernels[MOST_MATRICES];
   int64_t ends[MOST_MATRICES];
   int64_t all = 0;
@@ -241,7 +246,7 @@ int sk_unpack(const sk_matrix *matrix, int64_t first, int64_t last, void *out, i
   if (first < 0 || last > matrix->rows || first > last) return SK_BAD_SIZE;
   if (first == last) return SK_OK;
   if (out == nullptr) return SK_NO_MATRIX;
-  Unpacking unpacking = {matrix, in_use().unpack(*matrix), first, static_cast<char *>(out), type};
+  Unpacking unpacking = {matrix, variant_in_use().unpack(*matrix), first, static_cast<char *>(out), type};
   parallel(last - first, 1 + LEAST / matrix->columns, threads, unpack_some, &unpacking);
   return SK_OK;
 }

@@ -106,6 +106,7 @@ bool runs() { return true; }
 
 }  // namespace
 
+#include "attention.h"
 #include "tiles.h"
 
-const Variant variant_portable = {"portable", runs, select, unpacker, prepare};
+const Variant variant_portable = {"portable", runs, select, unpacker, prepare, attend};

@@ -62,3 +62,19 @@ static inline void store_number(void *data, int type, int64_t place, float value
   else
     static_cast<uint16_t *>(data)[place] = type == SK_BF16 ? to_bf16(value) : to_f16(value);
 }
+
+// e^x to a few units of the last place: 2^n times a polynomial of the rest, which a compiler makes vectors of.
+static inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // the nearest whole number, in the low bits
+  const float whole = shifted - 12582912.0f;
+  const float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  float sum = 1.9875691500e-4f;
+  sum = sum * rest + 1.3981999507e-3f;
+  sum = sum * rest + 8.3334519073e-3f;
+  sum = sum * rest + 4.1665795894e-2f;
+  sum = sum * rest + 1.6666665459e-1f;
+  sum = sum * rest + 5.0000001201e-1f;
+  sum = sum * rest * rest + rest + 1.0f;
+  return bits_float(float_bits(sum) + (float_bits(shifted) << 23));
+}

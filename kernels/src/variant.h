@@ -49,7 +49,13 @@ struct Variant {
   // Fills the forms asked for. x is tokens x columns.
   void (*prepare)(Activations &, int forms, const void *x, int type, int tokens, int padded, int64_t columns,
                   bool groups);
+  // out = the values of `places` places, weighed by the softmax of their keys times the query; all of one head.
+  void (*attend)(float *out, const float *query, const void *keys, const void *values, int type, int64_t head,
+                 int64_t places);
 };
+
+// The one in use.
+const Variant &variant_in_use();
 
 extern const Variant variant_portable;
 #if defined(SK_X86)

@@ -3,22 +3,10 @@
 // library is held to its bounds, too.
 //
 //   driver [QUICK]    without an argument all columns from 1 to 130
-#include <utility>
-
-#include "packed.h"
+#include "decoding.h"
+#include "expect.h"
 
 namespace {
-
-long failures = 0, compared = 0;
-
-void expect(bool good, const char *what, const sk_matrix &m, double density) {
-  ++compared;
-  if (good) return;
-  ++failures;
-  printf("FAILED %s: %s, kind %d, bits %d, %lld x %lld, group %lld, density %g\n", what, sk_variant(), m.kind, m.bits,
-         static_cast<long long>(m.rows), static_cast<long long>(m.columns), static_cast<long long>(m.group_size),
-         density);
-}
 
 void products(const Packed &p, int tokens, int type, int activations, int threads, double density) {
   const sk_matrix &m = p.matrix;
@@ -171,7 +159,10 @@ int main(int argc, char **) {
   }
   for (int v = 0; v < sk_variant_count(); ++v)
     if (sk_variant_runs(v) && sk_use(sk_variant_name(v)) == SK_OK)
-      for (int64_t hidden = 1; hidden <= 130; hidden += quick ? 11 : 1) blocks(hidden, static_cast<int>(hidden));
+      for (int64_t hidden = 1; hidden <= 130; hidden += quick ? 11 : 1) {
+        blocks(hidden, static_cast<int>(hidden));
+        decoding(hidden, static_cast<int>(hidden));
+      }
   printf("%ld of %ld comparisons failed\n", failures, compared);
   return failures != 0;
 }

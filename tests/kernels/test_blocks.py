@@ -18,11 +18,11 @@ LAYOUTS = [(16, 0, "bfloat16"), (8, 0, ""), (4, 64, "")]
 FLOAT = kernels.ACTIVATIONS["float"]
 
 
-def made_of(layout, bias=True):
+def made_of(layout, bias=True, shapes=SHAPES):
     """The matrices, their numbers in float64, their biases, and the norms."""
     kinds = itertools.cycle(["mask", "2:4", "dense"])
     matrices, weights, biases = [], [], []
-    for seed, (rows, columns) in enumerate(SHAPES):
+    for seed, (rows, columns) in enumerate(shapes):
         _, _, matrix, weight, added, _ = packed(next(kinds), rows, columns, layout, bias=bias, seed=seed)
         matrices.append(matrix)
         weights.append(weight)

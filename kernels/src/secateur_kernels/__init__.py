@@ -6,6 +6,7 @@ that description.
 """
 
 from secateur_kernels._block import Block
+from secateur_kernels._decoder import Cache, Decoder, Layer
 from secateur_kernels._library import ABI, KernelError, read, use, variant, variants
 from secateur_kernels._matrix import ACTIVATIONS, Matrix, describe, linear, linear_many, unpack
 
@@ -14,7 +15,10 @@ __all__ = [
     "ABI",
     "ACTIVATIONS",
     "Block",
+    "Cache",
+    "Decoder",
     "KernelError",
+    "Layer",
     "Matrix",
     "describe",
     "linear",

@@ -42,10 +42,12 @@ class Block:
         for weight, _ in norms:
             _need("norm", weight, ("torch.float32", "torch.bfloat16", "torch.float16"), (hidden,))
         self.hidden, self.head, self.queries, self.rows = hidden, head, query.rows, query.rows + 2 * key.rows
+        self.groups = key.rows // head
         self._held = (tuple(matrices), tuple(norms))
         self._first = b"".join(matrix.data for matrix in matrices[:3])
         self._second = b"".join(matrix.data for matrix in matrices[3:])
         self._norms = [_NORM.pack(weight.data_ptr(), _code(weight.dtype), epsilon) for weight, epsilon in norms]
+        self.data = self._first + self._second + b"".join(self._norms)  # the beginning of struct sk_block
 
     def before(self, x: Any, cosines: Any, sines: Any, out: Any, activations: int = 0, threads: int = 1) -> None:
         """Norm, products and rotation: ``out`` is query, key and value side by side.

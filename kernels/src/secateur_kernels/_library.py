@@ -24,6 +24,8 @@ def _open() -> ctypes.CDLL:
     library = ctypes.CDLL(str(found))
     if library.sk_abi() != ABI:
         raise ImportError(f"{found} has ABI {library.sk_abi()}, this package needs {ABI}")
+    if not hasattr(library, "sk_decode"):
+        raise ImportError(f"{found} is older than this package")
     return library
 
 
@@ -39,6 +41,10 @@ _library.sk_block_before.argtypes = [
 _library.sk_block_behind.argtypes = [
     ctypes.c_char_p, ctypes.c_char_p, _pointer, _pointer, _int, _int, _pointer, _int,
 ]  # fmt: skip
+_library.sk_decode.argtypes = [
+    ctypes.c_char_p, ctypes.c_char_p, _int, ctypes.c_char_p, ctypes.c_char_p, _pointer, _int, _pointer, _pointer, _int,
+    _pointer, _int,
+]  # fmt: skip
 _library.sk_unpack.argtypes = [ctypes.c_char_p, _long, _long, _pointer, _int, _int]
 _library.sk_read.argtypes = [_pointer, _long, _int]
 _library.sk_read.restype = ctypes.c_uint64
@@ -47,6 +53,7 @@ check = _library.sk_check
 linear = _library.sk_linear
 block_before = _library.sk_block_before
 block_behind = _library.sk_block_behind
+decode = _library.sk_decode
 unpack = _library.sk_unpack
 
 

@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from secateur.runtime import kernels, ops
 from secateur.runtime.modules import SparseLinear
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NETWORK = ("gate_proj", "up_proj", "down_proj")
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+NETWORK = ("gate_proj", "up_proj", "down_proj")
+NORMS = ("input_layernorm", "post_attention_layernorm")
 _TAKEN = frozenset({"attention_mask", "past_key_values", "position_embeddings"})
-_IMPLEMENTATIONS = ("eager", "sdpa")
+IMPLEMENTATIONS = ("eager", "sdpa")
 """Of attention: those that take a window as a mask."""
 _NEAR = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 5e-3}
 """How far outputs may be from the block's own, by the largest; activations are not rounded to 8 bits then."""
@@ -42,8 +42,8 @@ class FastBlock:
         children: Any = block._modules
         self.attention: Any = children["self_attn"]
         inside, network = self.attention._modules, children["mlp"]._modules
-        places = [(inside, name) for name in _ATTENTION] + [(network, name) for name in _NETWORK]
-        places += [(children, name) for name in (*_NORMS, "self_attn", "mlp")] + [(network, "act_fn")]
+        places = [(inside, name) for name in ATTENTION] + [(network, name) for name in NETWORK]
+        places += [(children, name) for name in (*NORMS, "self_attn", "mlp")] + [(network, "act_fn")]
         self._parts: list[tuple[Any, str, Any]] = [(modules, name, modules[name]) for modules, name in places]
         self._matrices: list[SparseLinear] = [part for _, _, part in self._parts[:7]]
         self._norms: list[Any] = [part for _, _, part in self._parts[7:9]]
@@ -68,7 +68,7 @@ class FastBlock:
             and not is_in_torch_dispatch_mode()
             and not self.block.training
             and ops.runs(self._matrices[0].entry, x)
-            and self.attention.config._attn_implementation in _IMPLEMENTATIONS
+            and self.attention.config._attn_implementation in IMPLEMENTATIONS
             and self._untouched()
         )
 
@@ -111,7 +111,7 @@ class FastBlock:
         places = [0 if one is None else one.data_ptr() for one in tensors]
         if self._made is None or self._made[0] != places:
             norms = [(norm.weight.detach(), float(norm.variance_epsilon)) for norm in self._norms]
-            matrices = [ops.describe(module) for module in self._matrices]
+            matrices = [ops.describe(module, module.bias) for module in self._matrices]
             self._made = places, kernels.find().module.Block(matrices, norms, int(self.attention.head_dim))
         return self._made[1]
 
@@ -130,7 +130,7 @@ def speed_up(model: nn.Module) -> int:
         return 0
     found, agreed = 0, set()
     for block in model.modules():
-        if _has_the_parts(block):
+        if has_the_parts(block):
             fast = FastBlock(block)
             way = _way(fast)
             if way in agreed or _agree(block, fast, rotary):
@@ -148,17 +148,18 @@ def _interfaces() -> Any:
     return ALL_ATTENTION_FUNCTIONS
 
 
-def _has_the_parts(block: nn.Module) -> bool:
+def has_the_parts(block: nn.Module) -> bool:
+    """Whether a module has the parts of such a block, all of its matrices packed, and no others."""
     children: Any = block._modules
-    if set(children) != {"self_attn", "mlp", *_NORMS}:
+    if set(children) != {"self_attn", "mlp", *NORMS}:
         return False
     inside, network = children["self_attn"]._modules, children["mlp"]._modules
-    matrices = [inside.get(name) for name in _ATTENTION] + [network.get(name) for name in _NETWORK]
+    matrices = [inside.get(name) for name in ATTENTION] + [network.get(name) for name in NETWORK]
     return (
-        set(inside) == set(_ATTENTION)
-        and set(network) == {*_NETWORK, "act_fn"}
+        set(inside) == set(ATTENTION)
+        and set(network) == {*NETWORK, "act_fn"}
         and all(isinstance(one, SparseLinear) and one.activations is not None for one in matrices)
-        and all(hasattr(children[name], "variance_epsilon") for name in _NORMS)
+        and all(hasattr(children[name], "variance_epsilon") for name in NORMS)
         and all(hasattr(children["self_attn"], name) for name in ("config", "head_dim", "layer_idx", "scaling"))
     )
 

@@ -16,6 +16,8 @@ SERIES = "0.1"
 ABI = 1
 ACTIVATIONS = "SECATEUR_ACTIVATIONS"
 """Environment variable: how activations meet weights of 8 and 4 bits; see `activations`."""
+DECODER = "SECATEUR_DECODER"
+"""Environment variable: whether single tokens go through all blocks in one call; see `decodes`."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +72,16 @@ def activations() -> int:
     if wanted not in known:
         raise UsageError(f"{ACTIVATIONS} is {wanted!r}", hint=f"known: {', '.join(known)}")
     return known[wanted]
+
+
+@functools.cache
+def decodes() -> bool:
+    """Whether single tokens go through all blocks at once, where that can be (`secateur.runtime.decoder`).
+
+    Raises:
+        UsageError: for another value of the environment variable than ``on``, which is the default, and ``off``.
+    """
+    wanted = os.environ.get(DECODER, "on")
+    if wanted not in ("on", "off"):
+        raise UsageError(f"{DECODER} is {wanted!r}", hint="known: on, off")
+    return wanted == "on" and hasattr(find().module, "Decoder")

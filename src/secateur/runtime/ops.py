@@ -15,7 +15,7 @@ from secateur.packing.layout import KINDS, Entry, Tensors
 from secateur.runtime.kernels import find
 
 if TYPE_CHECKING:
-    from secateur.runtime.modules import SparseLinear
+    from secateur.runtime.modules import Packed, SparseLinear
 
 TOKENS = 8
 """Rows of activations up to which the product works on packed weights; above, rows are unpacked and multiplied."""
@@ -168,10 +168,10 @@ def linear(
     return found
 
 
-def describe(module: SparseLinear) -> Any:
+def describe(module: Packed, bias: Tensor | None) -> Any:
     """A packed module as the kernels see it: valid while its tensors stay where they are."""
     values, pattern, scales, starts = _parts(module.entry, module.parts, module.parts["starts"])
-    return _describe(values, pattern, scales, starts, module.bias, *_layout(module.entry))
+    return _describe(values, pattern, scales, starts, bias, *_layout(module.entry))
 
 
 def linear_many(modules: Sequence[SparseLinear], inputs: Tensor) -> list[Tensor]:
@@ -186,7 +186,7 @@ def linear_many(modules: Sequence[SparseLinear], inputs: Tensor) -> list[Tensor]
     Returns:
         (..., rows) for each, of the dtype of the inputs: bit for bit what `linear` gives.
     """
-    matrices = [describe(module) for module in modules]
+    matrices = [describe(module, module.bias) for module in modules]
     flat = inputs.reshape(-1, modules[0].entry.columns).contiguous()
     rows = [matrix.rows for matrix in matrices]
     out = torch.empty(flat.shape[0], sum(rows), dtype=inputs.dtype)

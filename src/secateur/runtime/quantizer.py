@@ -17,6 +17,7 @@ from secateur.checkpoint.reader import read_header
 from secateur.errors import CheckpointError, UnsafeCheckpointError, UnsupportedModelError
 from secateur.packing.header import METHOD, Header, check_places
 from secateur.runtime.blocks import speed_up
+from secateur.runtime.decoder import take_single_tokens
 from secateur.runtime.kernels import find
 from secateur.runtime.modules import Packed, TiedEmbedding, TiedLinear, packed_for
 from secateur.runtime.siblings import introduce
@@ -86,6 +87,7 @@ class SparseQuantizer(HfQuantizer):
                 module.check(name)
         introduce(model)
         speed_up(model)
+        take_single_tokens(model)
         if reason := find().reason:
             logger.warning_once(
                 "The sparse weights of this model are unpacked by PyTorch each time they are used: it computes what "
