@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int64_t LEAST = 32768;  // multiplications for which another thread is worth waking
+constexpr int64_t MOST_NUMBERS = int64_t{1} << 48;  // of the keys of a cache
 constexpr int64_t STEP = 4;       // units of a head: threads get pieces of whole fours
 
 struct Heads {
@@ -48,9 +49,9 @@ int check_block(const sk_block &block, int64_t hidden) {
   return SK_OK;
 }
 
-int check_cache(const sk_cache &cache) {
+int check_cache(const sk_cache &cache, int64_t rows) {
   if (cache.keys == nullptr || cache.values == nullptr) return SK_NO_MATRIX;
-  if (cache.places < 1 || cache.places > INT32_MAX || cache.used < 0 || cache.window < 0) return SK_BAD_SIZE;
+  if (cache.places < 1 || cache.places > MOST_NUMBERS / rows || cache.used < 0 || cache.window < 0) return SK_BAD_SIZE;
   return cache.used < cache.places ? SK_OK : SK_FULL;
 }
 
@@ -86,7 +87,7 @@ extern "C" int sk_decode(const sk_block *blocks, sk_cache *caches, int count, co
   int64_t widest = hidden, queries_most = 1;
   for (int i = 0; i < count; ++i) {
     int status = check_block(blocks[i], hidden);
-    if (status == SK_OK) status = check_cache(caches[i]);
+    if (status == SK_OK) status = check_cache(caches[i], blocks[i].matrices[1].rows);
     if (status != SK_OK) return status;
     const int64_t rows = blocks[i].matrices[0].rows, all = rows + 2 * blocks[i].matrices[1].rows;
     widest = all > widest ? all : widest;

@@ -167,6 +167,9 @@ void decoding(int64_t hidden, int turn) {
   caches[0].used = 0;
   expect(status(&norm) == SK_BAD_SIZE, "negative", shown, 0.5);
   caches[1].used = 0;
+  caches[1].places = int64_t{1} << 48;
+  expect(status(&norm) == (groups * head > 1 ? SK_BAD_SIZE : SK_OK), "too many places", shown, 0.5);
+  caches[1].places = tokens;
   std::swap(blocks[1].matrices[5], blocks[1].matrices[6]);
   if (hidden != inner) expect(status(&norm) == SK_BAD_SIZE, "matrices that do not fit", shown, 0.5);
   std::swap(blocks[1].matrices[5], blocks[1].matrices[6]);

@@ -293,6 +293,7 @@ def test_it_can_be_left_out_and_is_asked_for_by_name(llama, monkeypatch):
         monkeypatch.setenv(kernels.DECODER, wanted)
         kernels.decodes.cache_clear()
         assert take_single_tokens(own(llama)) is taken
+        assert ("block by block" in kernels.told()) is not taken
     monkeypatch.setenv(kernels.DECODER, "maybe")
     kernels.decodes.cache_clear()
     with pytest.raises(UsageError, match="maybe"):

@@ -54,7 +54,8 @@ def told() -> str:
     """Which kernels run, and how they take activations; for people."""
     module = find().module
     name = next(name for name, number in module.ACTIVATIONS.items() if number == activations())
-    return f"secateur-kernels {module.__version__}, {module.variant()}, activations {name}"
+    through = "" if decodes() else ", tokens block by block"
+    return f"secateur-kernels {module.__version__}, {module.variant()}, activations {name}{through}"
 
 
 @functools.cache
