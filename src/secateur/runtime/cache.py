@@ -102,7 +102,7 @@ _HELD: dict[type, type] = {DynamicLayer: HeldLayer, DynamicSlidingWindowLayer: H
 
 def held_by(cache: Any, owner: object) -> Held | None:
     """The memory of a cache whose layers are all held for the owner."""
-    layers = cache.layers
+    layers = cache.layers if type(cache) is DynamicCache else []
     place = vars(layers[0]).get("held") if layers else None
     if place is None or place[0].owner is not owner or len(layers) != len(place[0].keys):
         return None

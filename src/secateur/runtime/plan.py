@@ -165,15 +165,12 @@ def _has_the_parts(model: Any) -> bool:
     embedding, rope = children.get("embed_tokens"), getattr(children.get("rotary_emb"), "rope_type", None)
     windows = windows_of(config)
     blocks: Any = children.get("layers")
-    listed: list[Any] = list(blocks) if type(blocks) is nn.ModuleList else []
     return (
         set(children) == set(_BASE)
-        and len(listed) == config.num_hidden_layers == len(windows)
-        and all(map(has_the_parts, listed))
-        and all(
-            block.self_attn.config is config and (getattr(block.self_attn, "sliding_window", None) or 0) in (0, window)
-            for block, window in zip(listed, windows, strict=True)
-        )
+        and type(blocks) is nn.ModuleList
+        and len(blocks) == config.num_hidden_layers == len(windows)
+        and all(map(has_the_parts, blocks))
+        and all(_attends(block.self_attn, config, window) for block, window in zip(blocks, windows, strict=True))
         # Frequencies that depend on the length are not those of a table.
         and isinstance(rope, str) and "dynamic" not in rope and rope != "longrope"
         and type(embedding) in (nn.Embedding, SparseEmbedding, TiedEmbedding)
@@ -182,6 +179,10 @@ def _has_the_parts(model: Any) -> bool:
         and all(_runs(one) for one in (_owner(embedding), _owner(head)))
         and all(one.dtype in _DTYPES for one in base.parameters())
     )  # fmt: skip
+
+
+def _attends(attention: Any, config: Any, window: int) -> bool:
+    return attention.config is config and (getattr(attention, "sliding_window", None) or 0) in (0, window)
 
 
 def _runs(owner: Packed | None) -> bool:
