@@ -2,9 +2,10 @@
 
 A sweep of wanda over twelve sparsities on the demo model: once as twelve runs of `secateur prune` with their defaults
 (evaluation and verification), each a process of its own, once as one `secateur study run` of a grid of the same
-settings, which verifies and evaluates each trial as well. Both on as many windows. Harness: wall time of the study that
-is neither a trial's own, nor the baselines', nor the finalists', as a share of the trials' time; the start of the
-process counts.
+settings, which verifies and evaluates each trial as well. Both on as many windows of 256 tokens, and on 16 such for
+calibration. What a run does and a trial need not is part of it: it evaluates the dense model too, and times decoding of
+both. Harness: wall time of the study that is neither a trial's own, nor the baselines', nor the finalists', as a share
+of the trials' time; the start of the process counts.
 
     python benchmarks/study_sharing.py [--trials 12] [--model demo]
 """
@@ -22,7 +23,7 @@ import _common
 
 from secateur.checkpoint.cache import cache_folder
 
-SAMPLES, LENGTH, WINDOWS = 16, 512, 12
+SAMPLES, LENGTH, WINDOWS = 16, 256, 12
 
 
 def main() -> None:
