@@ -6,6 +6,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 
 from secateur.errors import CheckpointError
 from secateur.measure.model import load_model
@@ -47,3 +49,18 @@ def test_a_config_that_is_not_of_these_weights_is_refused(folder, tmp_path, valu
         load_model(changed(folder, tmp_path, **values), device="cpu")
     assert str(tmp_path) in caught.value.message
     assert "config.json" in caught.value.hint
+
+
+@pytest.mark.parametrize("headed", [False, True])
+def test_a_pooler_may_be_missing_where_nothing_looks_at_it(headed, tmp_path):
+    """A bare encoder without one is opened; a classifier, whose head reads it, is not."""
+    kind = transformers.BertForSequenceClassification if headed else transformers.BertModel
+    whole = kind(tiny_model("bert").config)
+    tensors = {name: one.clone() for name, one in whole.state_dict().items() if "pooler" not in name}
+    whole.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    if headed:
+        with pytest.raises(CheckpointError, match=r"lacks weights of the model, the first is bert\.pooler"):
+            load_model(tmp_path, device="cpu")
+    else:
+        assert type(load_model(tmp_path, device="cpu")) is transformers.BertModel

@@ -123,6 +123,22 @@ def test_a_study_gives_its_choice_and_says_whether_quantising_is_better(tmp_path
     assert not set(refused) & set(front.front)
 
 
+def test_a_study_that_nothing_meets_says_so(tmp_path):
+    made = study(12)
+    for trial in made.trials:
+        trial.meets = False if trial.state == "complete" else None
+    made.recommended, made.constraints = None, ["perplexity <= 1.1x", "sparsity >= 0.4"]
+    for baseline in made.baselines:
+        baseline.meets = baseline.name in ("dense", "int8")
+    count = sum(trial.state == "complete" for trial in made.trials)
+    result = collect(write(tmp_path / "s.json", made))
+    assert result.answer[-1] == (
+        f"No trial of {made.name} meets perplexity <= 1.1x and sparsity >= 0.4, of {count} that were tried; without "
+        "pruning int8 does."
+    )
+    assert not any(one.startswith("No trial") for one in collect(write(tmp_path / "t.json", study(12))).answer)
+
+
 def test_a_study_of_the_same_model_stands_under_the_same_source(tmp_path):
     told = {"name": "demo", "model": "demo", "sha256": "abc", "kind": "demo"}
     result = collect(write(tmp_path / "s.json", study()), write(tmp_path / "a", pruning(source=told)))

@@ -147,7 +147,7 @@ def test_a_classifier_in_eight_bits_of_torchao_is_a_trial_and_a_baseline(tmp_pat
 
 def test_a_study_that_needs_torchao_is_refused_without_it(tmp_path, monkeypatch):
     folder = write_model_and_splits(tmp_path)
-    monkeypatch.setattr("secateur.study.storing.is_installed", lambda: False)
+    monkeypatch.setattr("secateur.formats.torchao.is_installed", lambda: False)
     for asked in (
         {"baselines": ["torchao-8"]},
         {"space": {"method": "magnitude", "sparsity": 0.3, "format": "torchao-8"}},

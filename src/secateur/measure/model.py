@@ -66,7 +66,9 @@ def load_model(folder: Path, *, device: str = "auto", dtype: str = "auto") -> tr
             raise CheckpointError(
                 f"{folder} cannot be opened by transformers: {type(error).__name__}: {told}", hint=_HINT
             ) from error
-    missing = sorted(map(str, info["missing_keys"]))
+    # A bare encoder is often saved without what it pools by, which nothing here looks at.
+    unused = "pooler." if model.base_model is model else None
+    missing = sorted(key for key in map(str, info["missing_keys"]) if unused is None or not key.startswith(unused))
     if missing:  # the loader only warns, and makes weights up
         raise CheckpointError(f"{folder} lacks weights of the model, the first is {missing[0]}", hint=_HINT)
     return model.eval().to(where)

@@ -56,12 +56,26 @@ def fastest(found: Sequence[tuple[StudyResult, str, int]], models: Sequence[Repo
             other for other in models
             if other.origin == model.origin and other.kind == "quantised" and other.meets is not False
         ]  # fmt: skip
-        beside = [f"{other.name} without pruning {_times(other, name)}" for other in unpruned if name in other.values]
+        beside = [
+            f"{other.name} without pruning {_times(other, name).removesuffix(',')}"
+            for other in unpruned
+            if name in other.values
+        ]
         told.setdefault(f"Fastest trial of {study.name}{met}", []).append(
             f"{model.name} with {_times(model, name)} {title} of the dense model"
             + (f" ({', '.join(beside)})" if beside else "")
         )
     return [f"{start}: {'; '.join(parts)}." for start, parts in told.items()]
+
+
+def unmet(study: StudyResult) -> str:
+    """A sentence for a study none of whose trials meets its constraints, with what does without pruning; else empty."""
+    done = [trial for trial in study.trials if trial.state == "complete"]
+    if not (study.constraints and done) or any(trial.meets is not False for trial in done):
+        return ""
+    others = [trial.name for trial in study.baselines if trial.name != "dense" and trial.meets]
+    beside = f"; without pruning {' and '.join(others)} {'does' if len(others) == 1 else 'do'}" if others else ""
+    return f"No trial of {study.name} meets {' and '.join(study.constraints)}, of {len(done)} that were tried{beside}."
 
 
 def _times(model: ReportModel, name: str) -> str:

@@ -11,7 +11,7 @@ from secateur.allocation_file import AllocationFile
 from secateur.bench_result import BenchResult, Quantities
 from secateur.errors import UsageError
 from secateur.pages.allocations import of_file, of_result, tell
-from secateur.pages.answer import answer, fastest
+from secateur.pages.answer import answer, fastest, unmet
 from secateur.pages.blocks import block_map, told_gone
 from secateur.pages.commands import command_of, settings_of
 from secateur.pages.fronts import draw_fronts, is_quality, quality_of
@@ -74,6 +74,7 @@ class Collector:
         self._sources: list[_Source] = []
         self._chosen: list[int] = []  # what studies recommend
         self._fastest: list[tuple[StudyResult, str, int]] = []
+        self._unmet: list[str] = []
         self._sparsity: dict[int, Mapping[str, float]] = {}
         self._folders = {each.folder.resolve(): each for each in inputs if each.folder is not None}
         self._of_folder: dict[Path, int] = {}
@@ -117,7 +118,7 @@ class Collector:
         if any(sum(" test: " not in told for told in source.by_protocol) > 1 for source in self._sources):
             result.warnings.append("quality was measured in more than one way: only equal ways are drawn on one front")
         answer(result, self._chosen)
-        result.answer += fastest(self._fastest, result.models)
+        result.answer += fastest(self._fastest, result.models) + self._unmet
         self._draw_maps()
         return result
 
@@ -232,6 +233,7 @@ class Collector:
             for name, title in SPEEDUPS.items()
             if study.best.get(name) in numbers
         ]
+        self._unmet += [said] if (said := unmet(study)) else []
         if study.recommended in numbers:
             self._chosen.append(numbers[study.recommended])
         elif study.recommended is not None:

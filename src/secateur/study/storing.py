@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from secateur.errors import MissingExtraError, StudyError, UnknownNameError
-from secateur.formats.torchao import INSTALL, is_installed
 from secateur.study.recoveries import NONE
 
 HF = "hf"
@@ -54,8 +53,11 @@ def check_installed(names: Iterable[str], where: str) -> None:
     Raises:
         MissingExtraError: with what to install.
     """
-    if TORCHAO in names and not is_installed():
-        raise MissingExtraError(f"{where}: {TORCHAO} needs torchao", hint=INSTALL)
+    if TORCHAO in names:
+        from secateur.formats.torchao import INSTALL, is_installed  # here, as it takes long to import
+
+        if not is_installed():
+            raise MissingExtraError(f"{where}: {TORCHAO} needs torchao", hint=INSTALL)
 
 
 def unstored_folder(out: str, name: str) -> str:
