@@ -158,6 +158,7 @@ def test_nobody_is_recommended_when_nobody_meets_the_constraints(place, trials):
     assert (result.front, result.recommended, result.finalists) == ([], None, [])
     assert any("no complete trial meets" in warning for warning in result.warnings)
     assert result.finished
+    assert not any(name.startswith("test_") for name in result.baselines[0].values)  # for nobody it is not looked at
 
 
 def test_a_failing_trial_is_recorded_and_the_others_go_on(place, trials, monkeypatch):

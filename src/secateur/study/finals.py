@@ -32,16 +32,17 @@ def measure_finalists(setup: Setup, store: Store, task_of: Callable[..., Task], 
     baselines = [Trial(**one) for one in store.get("baselines")]
     done = [Trial(**one) for one in store.get("finalists", [])]
     trials = {trial.number: trial for trial in store.trials()}
-    reporter.stage("finalists on the test text", len(chosen))
     dense = baselines[0]
-    if not any(name.startswith("test_") for name in dense.values):
+    if chosen and not any(name.startswith("test_") for name in dense.values):
+        reporter.note("the dense model is measured on the test text")
         found = dense_quality(
-            setup.source.folder, setup.sha256, test, first=first, device=setup.device, reporter=Recorder()
+            setup.source.folder, setup.sha256, test, first=first, device=setup.device, reporter=reporter
         )
         dense.values |= {f"test_{name}": value for name, value in found.values.items()}
         dense.intervals |= {f"test_{name}": list(ends) for name, ends in found.intervals.items()}
         store.put("dense_right_test", found.right)
         store.put("baselines", [one.to_dict() for one in baselines])
+    reporter.stage("finalists on the test text", len(chosen))
     for number in chosen:
         if number in {trial.number for trial in done}:
             continue
