@@ -86,7 +86,7 @@ demo: $(VENV)/secateur ## Prune a real model twice, half of its weights and a fi
 
 test: $(VENV)/dev $(VENV)/apart ## Run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
-	OMP_NUM_THREADS=1 PYTHONPATH=$(VENV)/apart $(BIN)/python -m pytest -q -m torchao tests/formats tests/study tests/verbs
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(VENV)/apart) $(BIN)/python -m pytest -q -m torchao tests/formats tests/study tests/verbs
 
 lint: $(VENV)/dev ## Style, types, import layers, generated docs
 	$(BIN)/ruff check .
