@@ -149,7 +149,7 @@ def test_what_is_quantised_is_neither_pruned_nor_exported_again(exported, tmp_pa
         secateur.export(out, tmp_path / "again", format="torchao")
 
 
-@pytest.mark.parametrize("change", ["number", "scale", "plain"])
+@pytest.mark.parametrize("change", ["number", "scale", "plain", "missing"])
 def test_a_file_that_is_not_the_model_fails_its_check(change, exported, tmp_path):
     folder, out, _ = exported
     plan = torchao.TorchAO().plan(open_source(folder), Reporter())
@@ -160,10 +160,12 @@ def test_a_file_that_is_not_the_model_fails_its_check(change, exported, tmp_path
         tensors[f"{name}_weight_qdata"][3, 5] += 3
     elif change == "scale":
         tensors[f"{name}_weight_scale"] *= 1.5
-    else:
+    elif change == "plain":
         tensors["model.norm.weight"][0] += 1
+    else:
+        del tensors["model.norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(VerificationError, match="norm" if change == "plain" else "up_proj"):
+    with pytest.raises(VerificationError, match="norm" if change in ("plain", "missing") else "up_proj"):
         plan.check(tmp_path, Reporter())
 
 

@@ -95,7 +95,8 @@ class TorchAO:
                 hint="--format sparse --bits 8 knows other layers too",
             )
         names = frozenset(skeleton.state_dict())
-        return TorchAOPlan(source.folder, config, hash_folder(source.folder), nbytes, zeros, shard, names)
+        tied = frozenset(getattr(skeleton, "all_tied_weights_keys", None) or ())
+        return TorchAOPlan(source.folder, config, hash_folder(source.folder), nbytes, zeros, shard, names, tied)
 
 
 @dataclass
@@ -110,6 +111,8 @@ class TorchAOPlan:
     shard_bytes: float
     names: frozenset[str]
     """Of the tensors of the model's class."""
+    tied: frozenset[str]
+    """Those that are stored under another name."""
     rounds: ClassVar[bool] = True
 
     def write(self, path: Path, reporter: Reporter) -> dict[str, Any]:
@@ -166,7 +169,7 @@ class TorchAOPlan:
             for key in source.keys:
                 reporter.advance(key)
                 # A folder of the bare model names its tensors without the prefix that the class has.
-                name = next((one for one in self.names if one == key or one.endswith(f".{key}")), None)
+                name = key if key in self.names else next((n for n in self.names if n.endswith(f".{key}")), None)
                 if name is None:
                     continue  # left over from an older class: the model has no such tensor
                 found += 1
@@ -174,8 +177,8 @@ class TorchAOPlan:
                     compare_tensor(made, name, source, key)
                 elif f"{name.removesuffix('weight')}{_PARTS[0]}" in theirs:
                     worst = max(worst, _compare(path, name, made, source, key))
-                elif self.config.get("tie_word_embeddings", True) and "embed" not in name:
-                    found -= 1  # the head is the embedding
+                elif name in self.tied:
+                    found -= 1  # such as a head that is the embedding
                 else:
                     raise VerificationError(f"{path}: {name} is not there", hint="please report this")
         return {"tensors": found, "largest_difference": {"8 bits": worst}}
