@@ -11,7 +11,7 @@ groups by measured loss on the calibration text. That row and "ffn flap" were ma
 by 0.01; it is 0.1 now.
 Seconds and peak memory are of the whole process, on one thread, with other work on the second core.
 
-    SECATEUR_DATA=folder python benchmarks/structured.py [--only "ffn obs,ffn plain"]
+    SECATEUR_DATA=folder python benchmarks/structured.py [--only "ffn obs,ffn plain"] [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -56,15 +56,17 @@ def prune(name: str, out: Path, data: Path, *more: str) -> _common.Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default=",".join(RUNS), help="the other rows stay as they are")
-    chosen = parser.parse_args().only.split(",")
+    parser.add_argument("--keep", type=Path, help="keep the models in this folder, for recovery.py --scratch")
+    options = parser.parse_args()
+    chosen = options.only.split(",")
     data = _common.data_folder()
     path = _common.RESULTS / "structured.json"
     rows: dict[str, dict[str, Any]] = {}
     if path.is_file():
         rows = {row["run"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "out"
         for name in (name for name in RUNS if name in chosen):
+            out = options.keep / _reference.folder_name(name) if options.keep else Path(scratch) / "out"
             done = prune(name, out, data, "--json")
             made = json.loads(done.stdout)
             found = _reference.quality(str(out), data, questions=False)

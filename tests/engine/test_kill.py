@@ -61,14 +61,14 @@ def _count_calls(before: Callable[[int], None], after: Callable[[int], None]) ->
         setattr(owner, name, counted(getattr(owner, name)))
 
 
-def _die_at(step: int, late: bool, folder: Path, out: Path, resume: bool) -> None:
+def _die_at(step: int, late: bool, folder: Path, out: Path, resume: bool, **options: Any) -> None:
 
     def die(number: int) -> None:
         if number == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
     _count_calls((lambda n: None) if late else die, die if late else (lambda n: None))
-    _prune(folder, out, resume=resume)
+    _prune(folder, out, resume=resume, **options)
 
 
 def _die_after(seconds: float, folder: Path, out: Path, resume: bool) -> None:
@@ -77,16 +77,16 @@ def _die_after(seconds: float, folder: Path, out: Path, resume: bool) -> None:
     _prune(folder, out, resume=resume)
 
 
-def _steps(folder: Path, out: Path, queue: Any) -> None:
+def _steps(folder: Path, out: Path, queue: Any, **options: Any) -> None:
     last = [0]
     _count_calls(lambda n: None, lambda n: last.__setitem__(0, n))
     started = time.monotonic()
-    _prune(folder, out)
+    _prune(folder, out, **options)
     queue.put((last[0], time.monotonic() - started))
 
 
-def _run(target: Callable[..., None], *args: Any) -> int | None:
-    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+def _run(target: Callable[..., None], *args: Any, **options: Any) -> int | None:
+    process = multiprocessing.get_context("fork").Process(target=target, args=args, kwargs=options)
     process.start()
     process.join(120)
     return process.exitcode
@@ -138,6 +138,23 @@ def test_killed_at_a_moment(finished: tuple[Path, dict[str, bytes], int, float],
     if not out.exists():
         _prune(folder, out, resume=out.with_name("out.partial").exists())
     assert _bytes(out) == expected
+
+
+@pytest.mark.parametrize("reconstruct", ["none", "block"])
+def test_killed_under_best(
+    finished: tuple[Path, dict[str, bytes], int, float], reconstruct: str, tmp_path: Path
+) -> None:
+    """With two streams, a share chosen by measurement, and blocks that are trained."""
+    folder = finished[0]
+    options = {"method": "best", "reconstruct": reconstruct, "calibration": calibration_for("llama", rows=128)}
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    assert _run(_steps, folder, tmp_path / "whole", queue, **options) == 0
+    steps, _ = queue.get()
+    for point, share in enumerate((0.3, 0.6, 0.9)):
+        out = tmp_path / f"out-{point}"
+        assert _run(_die_at, int(steps * share), bool(point % 2), folder, out, False, **options) == -signal.SIGKILL
+        _prune(folder, out, resume=out.with_name(f"{out.name}.partial").exists(), **options)
+        assert _bytes(out) == _bytes(tmp_path / "whole")
 
 
 def test_left_over_partial_is_named_and_refused(
