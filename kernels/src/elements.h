@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int SUMS = 64;  // side by side, so that vectors of any width have some in hand
+constexpr int64_t BLOCK = 2048;
 
 void widen_row(float *to, const void *from, int type, int64_t count) {
   const uint16_t *halves = static_cast<const uint16_t *>(from);
@@ -58,6 +59,58 @@ void rotate_heads(float *x, int64_t heads, int64_t head, int64_t rotated, const 
     }
 }
 
-constexpr Elements elements = {widen_row, narrow_row, normalise, gate_row, rotate_heads};
+// The place of the first of the highest numbers; of the first NaN where there is one.
+int64_t highest_of(const void *x, int type, int64_t count) {
+  float most = bits_float(0xff800000u), numbers[BLOCK], sides[SUMS];
+  int64_t block = 0;
+  for (int64_t first = 0; first < count; first += BLOCK) {
+    const int64_t width = count - first < BLOCK ? count - first : BLOCK;
+    widen_row(numbers, static_cast<const char *>(x) + first * (type == SK_F32 ? 4 : 2), type, width);
+    for (int64_t i = width; i < (width + SUMS - 1) / SUMS * SUMS; ++i) numbers[i] = numbers[0];
+    int32_t bad = 0;
+    for (int64_t i = 0; i < width; ++i) bad |= (float_bits(numbers[i]) & 0x7fffffffu) > 0x7f800000u;
+    if (bad) {
+      for (int64_t i = 0; i < width; ++i)
+        if (numbers[i] != numbers[i]) return first + i;
+    }
+    for (int lane = 0; lane < SUMS; ++lane) sides[lane] = numbers[lane];
+    for (int64_t i = SUMS; i < width; i += SUMS)
+      for (int lane = 0; lane < SUMS; ++lane)
+        sides[lane] = numbers[i + lane] > sides[lane] ? numbers[i + lane] : sides[lane];
+    float here = sides[0];
+    for (int lane = 1; lane < SUMS; ++lane) here = sides[lane] > here ? sides[lane] : here;
+    if (here > most) {
+      most = here;
+      block = first;
+    }
+  }
+  for (int64_t i = block; i < count; ++i)
+    if (load_number(x, type, i) == most) return i;
+  return 0;
+}
+
+// The sum of the words of lines of 64 bytes, read as products read their rows: side by side, from four places.
+uint64_t read_lines(const char *data, int64_t lines) {
+  typedef uint64_t Line __attribute__((vector_size(64)));
+  constexpr int64_t STREAMS = 4;
+  Line sums[STREAMS] = {}, line;
+  const int64_t step = lines / STREAMS * 64;
+  for (int64_t at = 0; at < step; at += 64)
+    for (int64_t s = 0; s < STREAMS; ++s) {
+      __builtin_prefetch(reinterpret_cast<const void *>(reinterpret_cast<uintptr_t>(data + s * step + at) + 1024));
+      memcpy(&line, data + s * step + at, sizeof line);
+      sums[s] += line;
+    }
+  for (int64_t at = step * STREAMS; at < lines * 64; at += 64) {
+    memcpy(&line, data + at, sizeof line);
+    sums[0] += line;
+  }
+  uint64_t sum = 0;
+  for (const Line &one : sums)
+    for (int lane = 0; lane < 8; ++lane) sum += one[lane];
+  return sum;
+}
+
+constexpr Elements elements = {widen_row, narrow_row, normalise, gate_row, rotate_heads, highest_of, read_lines};
 
 }  // namespace

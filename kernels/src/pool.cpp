@@ -19,7 +19,10 @@ namespace {
 constexpr int MOST = 256;
 // Looks at the gate for about 50 microseconds before sleeping: calls of one token follow each other within that time.
 constexpr int LOOKS = 2000;
-constexpr int PIECES = 4;  // a thread: one that is held up leaves its pieces to the others
+// A piece is this part of a thread's share of what is left: large ones first, for long reading in one go, and small ones
+// in the end, so that threads end together. One that is held up leaves the rest to the others.
+constexpr int64_t PART = 2;
+constexpr int64_t WHOLE = 4;  // tiles of rows are not cut
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -41,7 +44,7 @@ struct Pool {
   // The work at hand. Written while nobody is inside and nobody may come in; read by threads that are inside.
   Work work = nullptr;
   void *context = nullptr;
-  int64_t units = 0, step = 0;
+  int64_t units = 0, least = 0, shares = 1;
   alignas(64) std::atomic<int64_t> next{0};
   alignas(64) std::atomic<uint64_t> gate{0};
 
@@ -50,10 +53,14 @@ struct Pool {
   int asleep = 0;  // under sleep
 
   void pieces() {
-    for (;;) {
-      const int64_t first = next.fetch_add(step, std::memory_order_relaxed);
-      if (first >= units) return;
-      work(context, first, first + step < units ? first + step : units);
+    int64_t first = next.load(std::memory_order_relaxed);
+    while (first < units) {
+      int64_t piece = (units - first) / shares / WHOLE * WHOLE;
+      if (piece < least) piece = least;
+      const int64_t last = first + piece < units ? first + piece : units;
+      if (!next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
+      work(context, first, last);
+      first = next.load(std::memory_order_relaxed);
     }
   }
 
@@ -99,7 +106,7 @@ struct Pool {
     }
   }
 
-  void run(int64_t count, int64_t piece, int threads, Work job, void *with) {
+  void run(int64_t count, int64_t least_piece, int threads, Work job, void *with) {
     if (!busy.try_lock()) {
       job(with, 0, count);
       return;
@@ -111,7 +118,8 @@ struct Pool {
     work = job;
     context = with;
     units = count;
-    step = piece;
+    least = least_piece;
+    shares = threads * PART;
     next.store(0, std::memory_order_relaxed);
     const uint64_t round = (round_of(gate.load(std::memory_order_relaxed)) + 1) & 0xffffffffu;
     bool sleepers;
@@ -164,8 +172,6 @@ void parallel(int64_t units, int64_t grain, int threads, Work work, void *contex
     work(context, 0, units);
     return;
   }
-  int64_t piece = units / (static_cast<int64_t>(threads) * PIECES);
-  piece = piece / 4 * 4;  // whole tiles of rows
-  if (piece < 4) piece = 4;
-  the_pool().run(units, piece, threads, work, context);
+  const int64_t least = grain / 4 / WHOLE * WHOLE;
+  the_pool().run(units, least < WHOLE ? WHOLE : least, threads, work, context);
 }

@@ -48,6 +48,8 @@ struct Elements {
   void (*normalise)(float *out, const float *x, const sk_norm &norm, int64_t count);
   void (*gate)(float *gate, const float *up, int64_t count);  // gate = silu(gate) * up
   void (*rotate)(float *x, int64_t heads, int64_t head, int64_t rotated, const float *cosines, const float *sines);
+  int64_t (*highest)(const void *x, int type, int64_t count);
+  uint64_t (*read)(const char *data, int64_t lines);
 };
 
 struct Variant {
