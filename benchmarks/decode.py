@@ -4,8 +4,8 @@ The forms are the dense model in bfloat16 (PyTorch, step by step); packed in int
 the weights zero; and the dense model in llama.cpp as Q8_0 and Q4_0. Each has a process of its own; in every round each
 decodes once, all in the same order, after a round that warms up. "loop" is the loop of `secateur generate` around the
 kernels, "generate" that of transformers; llama.cpp by its own clock. A ratio is the median over the rounds, both of the
-same round, with the least and the most; that of a loop is to the loop of the other, if it has one. Weights are pruned by
-magnitude: speed does not ask which of them are zero.
+same round, with the least and the most; that of a loop is to the loop of the other, if it has one. Weights are pruned
+by magnitude: speed does not ask which of them are zero.
 
     python benchmarks/decode.py [--model demo] [--rounds 7] [--threads 1,2] [--only q8_0,..] [--folder KEPT]
     python benchmarks/decode.py --model 1b --threads 2 --rounds 3     (random, of the shapes of Llama 3.2 1B)
