@@ -319,6 +319,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "export_gguf",
             "rounding",
             "loading",
+            "decode",
             "study_sharing",
             "page",
         )

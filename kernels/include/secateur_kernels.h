@@ -130,6 +130,10 @@ SK_API int sk_decode(const sk_block *blocks, sk_cache *caches, int count, const 
 /* Rows first to last (exclusive) as numbers: out is (last - first) x columns, contiguous. */
 SK_API int sk_unpack(const sk_matrix *matrix, int64_t first, int64_t last, void *out, int type, int threads);
 
+/* The place of the first of the highest of `count` numbers, of the first NaN if there is one; -1 if there are no numbers.
+ * The caller's thread computes it alone: it takes no longer than waking others. */
+SK_API int64_t sk_highest(const void *x, int type, int64_t count);
+
 /* Bytes read by `threads` threads, for measuring: sums 64-bit words. */
 SK_API uint64_t sk_read(const void *data, int64_t bytes, int threads);
 

@@ -212,6 +212,7 @@ bool runs() {
 }  // namespace
 
 #include "attention.h"
+#include "elements.h"
 #include "tiles.h"
 
-const Variant variant_avx2 = {"avx2", runs, select, unpacker, prepare, attend};
+const Variant variant_avx2 = {"avx2", runs, select, unpacker, prepare, attend, elements};

@@ -161,10 +161,11 @@ bool runs() {
 }  // namespace
 
 #include "attention.h"
+#include "elements.h"
 #include "tiles.h"
 
 #if SK_BF16_DOT
-const Variant variant_avx512_bf16 = {"avx512_bf16", runs, select, unpacker, prepare, attend};
+const Variant variant_avx512_bf16 = {"avx512_bf16", runs, select, unpacker, prepare, attend, elements};
 #else
-const Variant variant_avx512 = {"avx512", runs, select, unpacker, prepare, attend};
+const Variant variant_avx512 = {"avx512", runs, select, unpacker, prepare, attend, elements};
 #endif

@@ -3,21 +3,7 @@
 // float32; what goes into a product or out of it has the type of the model, as in a model that is run step by step.
 #include "numbers.h"
 #include "secateur_kernels.h"
-
-namespace {
-
-// Turns the pairs (i, i + half) of the first `rotated` numbers of each head.
-void rotate(float *x, int64_t heads, int64_t head, int64_t rotated, const float *cosines, const float *sines) {
-  const int64_t half = rotated / 2;
-  for (int64_t h = 0; h < heads; ++h, x += head)
-    for (int64_t i = 0; i < half; ++i) {
-      const float first = x[i], second = x[half + i];
-      x[i] = first * cosines[i] - second * sines[i];
-      x[half + i] = second * cosines[half + i] + first * sines[half + i];
-    }
-}
-
-}  // namespace
+#include "variant.h"
 
 extern "C" {
 
@@ -32,20 +18,21 @@ int sk_block_before(const sk_matrix *matrices, const sk_norm *norm, const void *
     return SK_BAD_SIZE;
   const int64_t widest = columns > turned ? columns : turned;
   if (!space.open(static_cast<size_t>(3 * widest + 2 * head) * 4 + 1024)) return SK_NO_MEMORY;
+  const Elements &e = variant_in_use().elements;
   float *wide = space.take<float>(widest), *normed = space.take<float>(widest);
   void *small = space.take<char>(widest, 4);
   float *cosine = space.take<float>(head), *sine = space.take<float>(head);
-  widen(wide, x, type, columns);
-  normalise(normed, wide, *norm, columns);
-  narrow(small, type, normed, columns);
+  e.widen(wide, x, type, columns);
+  e.normalise(normed, wide, *norm, columns);
+  e.narrow(small, type, normed, columns);
   const int done = sk_linear(matrices, 3, small, type, 1, activations, out, threads);
   if (done != SK_OK) return done;
   if (rotated == 0) return SK_OK;
-  widen(cosine, cosines, type, rotated);
-  widen(sine, sines, type, rotated);
-  widen(wide, out, type, turned);
-  rotate(wide, turned / head, head, rotated, cosine, sine);
-  narrow(out, type, wide, turned);
+  e.widen(cosine, cosines, type, rotated);
+  e.widen(sine, sines, type, rotated);
+  e.widen(wide, out, type, turned);
+  e.rotate(wide, turned / head, head, rotated, cosine, sine);
+  e.narrow(out, type, wide, turned);
   return SK_OK;
 }
 
@@ -61,25 +48,26 @@ int sk_block_behind(const sk_matrix *matrices, const sk_norm *norm, const void *
       down.rows != hidden)
     return SK_BAD_SIZE;
   if (!space.open(static_cast<size_t>(3 * hidden + 4 * inner) * 4 + 1024)) return SK_NO_MEMORY;
+  const Elements &e = variant_in_use().elements;
   float *sum = space.take<float>(hidden), *normed = space.take<float>(hidden), *wide = space.take<float>(2 * inner);
   char *small = space.take<char>(hidden, 4), *pair = space.take<char>(2 * inner, 4);
   int done = sk_linear(&output, 1, attended, type, 1, activations, small, threads);
   if (done != SK_OK) return done;
-  widen(sum, x, type, hidden);
-  widen(normed, small, type, hidden);
+  e.widen(sum, x, type, hidden);
+  e.widen(normed, small, type, hidden);
   for (int64_t i = 0; i < hidden; ++i) sum[i] += normed[i];
-  normalise(normed, sum, *norm, hidden);
-  narrow(small, type, normed, hidden);
+  e.normalise(normed, sum, *norm, hidden);
+  e.narrow(small, type, normed, hidden);
   done = sk_linear(&gate, 2, small, type, 1, activations, pair, threads);
   if (done != SK_OK) return done;
-  widen(wide, pair, type, 2 * inner);
-  for (int64_t i = 0; i < inner; ++i) wide[i] = wide[i] / (1.0f + exponential(-wide[i])) * wide[inner + i];
-  narrow(pair, type, wide, inner);
+  e.widen(wide, pair, type, 2 * inner);
+  e.gate(wide, wide + inner, inner);
+  e.narrow(pair, type, wide, inner);
   done = sk_linear(&down, 1, pair, type, 1, activations, small, threads);
   if (done != SK_OK) return done;
-  widen(normed, small, type, hidden);
+  e.widen(normed, small, type, hidden);
   for (int64_t i = 0; i < hidden; ++i) sum[i] += normed[i];
-  narrow(out, type, sum, hidden);
+  e.narrow(out, type, sum, hidden);
   return SK_OK;
 }
 }

@@ -66,7 +66,7 @@ void attention(const sk_block &block, const sk_cache &cache, const char *mixed, 
     memcpy(keys + g * stride + cache.used * place, key + g * place, static_cast<size_t>(place));
     memcpy(values + g * stride + cache.used * place, value + g * place, static_cast<size_t>(place));
   }
-  widen(queries, mixed, type, rows);
+  variant_in_use().elements.widen(queries, mixed, type, rows);
   for (int64_t i = 0; i < rows; ++i) queries[i] *= block.scale;
   const int64_t last = cache.used + 1, first = cache.window && last > cache.window ? last - cache.window : 0;
   Heads heads = {&variant_in_use(), queries, sums, keys + first * place, values + first * place, head,
@@ -103,6 +103,7 @@ extern "C" int sk_decode(const sk_block *blocks, sk_cache *caches, int count, co
   char *mixed = space.take<char>(widest, 4), *attended = space.take<char>(widest, 4);
   float *wide = space.take<float>(hidden), *normed = space.take<float>(hidden);
   float *queries = space.take<float>(queries_most), *sums = space.take<float>(queries_most);
+  const Elements &e = variant_in_use().elements;
   const void *from = x;
   for (int i = 0; i < count; ++i) {
     const sk_block &block = blocks[i];
@@ -110,7 +111,7 @@ extern "C" int sk_decode(const sk_block *blocks, sk_cache *caches, int count, co
                                activations, mixed, threads);
     if (done != SK_OK) return done;
     attention(block, caches[i], mixed, type, queries, sums, threads);
-    narrow(attended, type, sums, block.matrices[0].rows);
+    e.narrow(attended, type, sums, block.matrices[0].rows);
     done = sk_block_behind(block.matrices + 3, &block.norms[1], attended, from, type, activations, next, threads);
     if (done != SK_OK) return done;
     char *const free_now = now;
@@ -118,12 +119,12 @@ extern "C" int sk_decode(const sk_block *blocks, sk_cache *caches, int count, co
     next = free_now;
     from = now;
   }
-  widen(wide, from, type, hidden);
-  normalise(normed, wide, *norm, hidden);
+  e.widen(wide, from, type, hidden);
+  e.normalise(normed, wide, *norm, hidden);
   if (head == nullptr) {
-    narrow(out, type, normed, hidden);
+    e.narrow(out, type, normed, hidden);
   } else {
-    narrow(attended, type, normed, hidden);
+    e.narrow(attended, type, normed, hidden);
     const int done = sk_linear(head, 1, attended, type, 1, activations, out, threads);
     if (done != SK_OK) return done;
   }

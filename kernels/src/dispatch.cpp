@@ -144,20 +144,15 @@ void unpack_some(void *context, int64_t first, int64_t last) {
 }
 
 struct Reading {
+  const Variant *variant;
   const char *data;
   std::atomic<uint64_t> sum;
 };
 
 void read_some(void *context, int64_t first, int64_t last) {
   Reading &reading = *static_cast<Reading *>(context);
-  uint64_t sums[8] = {};
-  for (int64_t line = first; line < last; ++line)
-    for (int i = 0; i < 8; ++i) {
-      uint64_t word;
-      memcpy(&word, reading.data + line * 64 + i * 8, 8);
-      sums[i] += word;
-    }
-  for (const uint64_t sum : sums) reading.sum.fetch_add(sum, std::memory_order_relaxed);
+  const uint64_t sum = reading.variant->elements.read(reading.data + first * 64, last - first);
+  reading.sum.fetch_add(sum, std::memory_order_relaxed);
 }
 
 bool is_type(int type) { return type == SK_F32 || type == SK_BF16 || type == SK_F16; }
@@ -251,9 +246,13 @@ int sk_unpack(const sk_matrix *matrix, int64_t first, int64_t last, void *out, i
   return SK_OK;
 }
 
+int64_t sk_highest(const void *x, int type, int64_t count) {
+  return x != nullptr && is_type(type) && count > 0 ? variant_in_use().elements.highest(x, type, count) : -1;
+}
+
 uint64_t sk_read(const void *data, int64_t bytes, int threads) {
   if (data == nullptr || bytes < 64) return 0;
-  Reading reading{static_cast<const char *>(data), {0}};
+  Reading reading{&variant_in_use(), static_cast<const char *>(data), {0}};
   parallel(bytes / 64, 16384, threads, read_some, &reading);
   return reading.sum.load();
 }

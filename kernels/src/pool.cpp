@@ -17,9 +17,10 @@
 namespace {
 
 constexpr int MOST = 256;
-// Looks at the gate for about 50 microseconds before sleeping: calls of one token follow each other within that time.
-constexpr int LOOKS = 2000;
-constexpr int PIECES = 4;  // a thread: one that is held up leaves its pieces to the others
+// Looks for work for some 80 microseconds before sleeping: calls of one token, and tokens of one text, follow each other
+// within that time.
+constexpr int LOOKS = 4000;
+constexpr int64_t WHOLE = 4;  // tiles of rows are not cut
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -29,37 +30,47 @@ inline void relax() {
 #endif
 }
 
-// The gate of the pool is one number, so that it is read and changed in one go: threads inside (bits 0 to 15), threads
-// that may still come in (16 to 31), and the number of the round.
-constexpr uint64_t INSIDE = 0xffffu, TICKETS = 0xffff0000u, TICKET = 0x10000u;
-constexpr uint64_t round_of(uint64_t gate) { return gate >> 32; }
+// A token is some 150 calls of a few microseconds, so what counts is how often a line of the cache goes from one core to
+// another: the call is published in one line, and every thread tells in a line of its own where it is.
+struct alignas(64) Slot {
+  std::atomic<uint64_t> in{0}, done{0};  // rounds
+};
 
 struct Pool {
-  std::mutex busy;  // held by the caller whose work is done
-  int made = 0;     // threads besides the callers; changed under busy
+  alignas(64) std::atomic<bool> busy{false};  // held by the caller whose work is done
+  int made = 0;                               // threads besides the callers; changed by who holds it
 
-  // The work at hand. Written while nobody is inside and nobody may come in; read by threads that are inside.
+  // The work at hand. `round` is odd while threads may come in, and one more is added when they no longer may. What stands
+  // beside it is written while nobody is inside and nobody may come in.
+  alignas(64) std::atomic<uint64_t> round{0};
   Work work = nullptr;
   void *context = nullptr;
-  int64_t units = 0, step = 0;
+  int64_t units = 0, least = 0;
+  int threads = 0;
   alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<uint64_t> gate{0};
 
+  alignas(64) std::atomic<int> asleep{0};
   std::mutex sleep;
   std::condition_variable wake;
-  int asleep = 0;  // under sleep
+  Slot slots[MOST];
 
+  // Large pieces first, for long reading in one go, and small ones in the end, so that threads end together. One that is
+  // held up leaves the rest to the others.
   void pieces() {
-    for (;;) {
-      const int64_t first = next.fetch_add(step, std::memory_order_relaxed);
-      if (first >= units) return;
-      work(context, first, first + step < units ? first + step : units);
+    int64_t first = next.load(std::memory_order_relaxed);
+    while (first < units) {
+      int64_t piece = (units - first) * 3 / (threads * 4) / WHOLE * WHOLE;
+      if (piece < least) piece = least;
+      const int64_t last = first + piece < units ? first + piece : units;
+      if (!next.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
+      work(context, first, last);
+      first = next.load(std::memory_order_relaxed);
     }
   }
 
   bool open(uint64_t seen) const {
-    const uint64_t now = gate.load(std::memory_order_acquire);
-    return (now & TICKETS) != 0 && round_of(now) != seen;
+    const uint64_t now = round.load(std::memory_order_seq_cst);
+    return now % 2 != 0 && now != seen;
   }
 
   void wait(uint64_t seen) {
@@ -68,30 +79,30 @@ struct Pool {
       relax();
     }
     std::unique_lock<std::mutex> lock(sleep);
-    ++asleep;
+    asleep.fetch_add(1, std::memory_order_seq_cst);
     wake.wait(lock, [&] { return open(seen); });
-    --asleep;
+    asleep.fetch_sub(1, std::memory_order_relaxed);
   }
 
-  void loop() {
+  void loop(int number) {
+    Slot &slot = slots[number];
     uint64_t seen = 0;
     for (;;) {
       wait(seen);
-      uint64_t now = gate.load(std::memory_order_acquire);
-      bool in = false;
-      while (!in && (now & TICKETS) != 0)
-        in = gate.compare_exchange_weak(now, now - TICKET + 1, std::memory_order_acq_rel, std::memory_order_acquire);
-      seen = round_of(now);
-      if (!in) continue;
-      pieces();
-      gate.fetch_sub(1, std::memory_order_release);
+      const uint64_t now = round.load(std::memory_order_acquire);
+      if (now % 2 == 0 || now == seen) continue;
+      seen = now;
+      // Told before it is looked again: either the caller sees that somebody is in, or the round is seen to be over.
+      slot.in.store(now, std::memory_order_seq_cst);
+      if (round.load(std::memory_order_seq_cst) == now && number + 1 < threads) pieces();
+      slot.done.store(now, std::memory_order_release);
     }
   }
 
   void grow(int wanted) {
     while (made < wanted) {
       try {
-        std::thread(&Pool::loop, this).detach();
+        std::thread(&Pool::loop, this, made).detach();
       } catch (const std::system_error &) {
         return;  // the machine has no more; those that are there do the work
       }
@@ -99,33 +110,36 @@ struct Pool {
     }
   }
 
-  void run(int64_t count, int64_t piece, int threads, Work job, void *with) {
-    if (!busy.try_lock()) {
+  void run(int64_t count, int64_t least_piece, int wanted, Work job, void *with) {
+    if (busy.exchange(true, std::memory_order_acquire)) {
       job(with, 0, count);
       return;
     }
-    std::lock_guard<std::mutex> held(busy, std::adopt_lock);
-    const int wanted = threads - 1;
-    grow(wanted);
-    const int helpers = made < wanted ? made : wanted;
+    grow(wanted - 1);
+    const int helpers = made < wanted - 1 ? made : wanted - 1;
     work = job;
     context = with;
     units = count;
-    step = piece;
+    least = least_piece;
+    threads = helpers + 1;
     next.store(0, std::memory_order_relaxed);
-    const uint64_t round = (round_of(gate.load(std::memory_order_relaxed)) + 1) & 0xffffffffu;
-    bool sleepers;
-    {
-      // Under the lock, or a thread could go to sleep between its look and the new round.
-      std::lock_guard<std::mutex> lock(sleep);
-      gate.store(round << 32 | static_cast<uint64_t>(helpers) * TICKET, std::memory_order_release);
-      sleepers = asleep > 0;
+    const uint64_t now = round.load(std::memory_order_relaxed) + 1;
+    round.store(now, std::memory_order_seq_cst);
+    // A thread counts itself among the sleepers before it looks for the last time.
+    if (asleep.load(std::memory_order_seq_cst) > 0) {
+      { std::lock_guard<std::mutex> lock(sleep); }
+      wake.notify_all();
     }
-    if (sleepers) wake.notify_all();
     pieces();
     // Nobody comes in any more; a thread that has not woken up is not waited for.
-    gate.fetch_and(~TICKETS, std::memory_order_acq_rel);
-    for (int look = 0; (gate.load(std::memory_order_acquire) & INSIDE) != 0; ++look) {
+    round.store(now + 1, std::memory_order_seq_cst);
+    for (int i = 0; i < made; ++i) leave(slots[i], now);
+    busy.store(false, std::memory_order_release);
+  }
+
+  static void leave(const Slot &slot, uint64_t now) {
+    if (slot.in.load(std::memory_order_seq_cst) != now) return;
+    for (int look = 0; slot.done.load(std::memory_order_acquire) != now; ++look) {
       if (look < LOOKS)
         relax();
       else
@@ -164,8 +178,6 @@ void parallel(int64_t units, int64_t grain, int threads, Work work, void *contex
     work(context, 0, units);
     return;
   }
-  int64_t piece = units / (static_cast<int64_t>(threads) * PIECES);
-  piece = piece / 4 * 4;  // whole tiles of rows
-  if (piece < 4) piece = 4;
-  the_pool().run(units, piece, threads, work, context);
+  const int64_t least = grain / 4 / WHOLE * WHOLE;
+  the_pool().run(units, least < WHOLE ? WHOLE : least, threads, work, context);
 }

@@ -107,6 +107,7 @@ bool runs() { return true; }
 }  // namespace
 
 #include "attention.h"
+#include "elements.h"
 #include "tiles.h"
 
-const Variant variant_portable = {"portable", runs, select, unpacker, prepare, attend};
+const Variant variant_portable = {"portable", runs, select, unpacker, prepare, attend, elements};

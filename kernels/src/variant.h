@@ -41,6 +41,17 @@ struct Kernel {
   RowsFunction rows[4];  // for 1, 2, 4 and 8 tokens
 };
 
+// What happens to rows of numbers between products.
+struct Elements {
+  void (*widen)(float *to, const void *from, int type, int64_t count);
+  void (*narrow)(void *to, int type, const float *from, int64_t count);
+  void (*normalise)(float *out, const float *x, const sk_norm &norm, int64_t count);
+  void (*gate)(float *gate, const float *up, int64_t count);  // gate = silu(gate) * up
+  void (*rotate)(float *x, int64_t heads, int64_t head, int64_t rotated, const float *cosines, const float *sines);
+  int64_t (*highest)(const void *x, int type, int64_t count);
+  uint64_t (*read)(const char *data, int64_t lines);
+};
+
 struct Variant {
   const char *name;
   bool (*runs)();
@@ -52,6 +63,7 @@ struct Variant {
   // out = the values of `places` places, weighed by the softmax of their keys times the query; all of one head.
   void (*attend)(float *out, const float *query, const void *keys, const void *values, int type, int64_t head,
                  int64_t places);
+  const Elements &elements;
 };
 
 // The one in use.

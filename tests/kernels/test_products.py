@@ -165,3 +165,20 @@ def test_a_forked_process_computes_the_same():
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, env=environment)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_place_of_the_highest_number(variant, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for size in (*range(1, 140), 2047, 2048, 2049, 6000):
+        x = torch.randn(size, generator=generator).to(dtype)
+        assert kernels.highest(x) == int(x.argmax())
+        x[torch.randint(size, (size // 2,), generator=generator)] = 9.0  # the first of several
+        assert kernels.highest(x) == int((x == x.max()).nonzero()[0])
+        place = int(torch.randint(size, (), generator=generator))
+        x[place] = float("nan")
+        assert kernels.highest(x) == place
+    assert kernels.highest(torch.full((1, 1, 100), -torch.inf, dtype=dtype)) == 0
+    for bad in (torch.empty(0), torch.zeros(4, dtype=torch.int64), torch.zeros(4, 4).T[1:]):
+        with pytest.raises(kernels.KernelError):
+            kernels.highest(bad)

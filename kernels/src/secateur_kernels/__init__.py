@@ -8,7 +8,7 @@ that description.
 from secateur_kernels._block import Block
 from secateur_kernels._decoder import Cache, Decoder, Layer
 from secateur_kernels._library import ABI, KernelError, read, use, variant, variants
-from secateur_kernels._matrix import ACTIVATIONS, Matrix, describe, linear, linear_many, unpack
+from secateur_kernels._matrix import ACTIVATIONS, Matrix, describe, highest, linear, linear_many, unpack
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Layer",
     "Matrix",
     "describe",
+    "highest",
     "linear",
     "linear_many",
     "read",

@@ -24,7 +24,7 @@ def _open() -> ctypes.CDLL:
     library = ctypes.CDLL(str(found))
     if library.sk_abi() != ABI:
         raise ImportError(f"{found} has ABI {library.sk_abi()}, this package needs {ABI}")
-    if not hasattr(library, "sk_decode"):
+    if not hasattr(library, "sk_highest"):
         raise ImportError(f"{found} is older than this package")
     return library
 
@@ -46,6 +46,8 @@ _library.sk_decode.argtypes = [
     _pointer, _int,
 ]  # fmt: skip
 _library.sk_unpack.argtypes = [ctypes.c_char_p, _long, _long, _pointer, _int, _int]
+_library.sk_highest.argtypes = [_pointer, _int, _long]
+_library.sk_highest.restype = _long
 _library.sk_read.argtypes = [_pointer, _long, _int]
 _library.sk_read.restype = ctypes.c_uint64
 
@@ -55,6 +57,7 @@ block_before = _library.sk_block_before
 block_behind = _library.sk_block_behind
 decode = _library.sk_decode
 unpack = _library.sk_unpack
+highest = _library.sk_highest
 
 
 def refused(status: int) -> KernelError:

@@ -142,6 +142,20 @@ def unpack(matrix: Matrix, first: int, last: int, out: Any, threads: int = 1) ->
         raise refused(status)
 
 
+def highest(x: Any) -> int:
+    """The place of the first of the highest numbers, or of the first NaN; computed by the calling thread alone.
+
+    Args:
+        x: contiguous, float32, bfloat16 or float16; places are counted through all of its axes.
+
+    Raises:
+        KernelError: for another dtype, or without a number.
+    """
+    if not x.is_contiguous() or not x.numel():
+        raise KernelError(f"x is {tuple(x.shape)}, or not contiguous")
+    return int(_library.highest(x.data_ptr(), _code(x.dtype), x.numel()))
+
+
 def _run(data: bytes, count: int, x: Any, out: Any, tokens: int, activations: int, threads: int) -> None:
     if not (x.is_contiguous() and out.is_contiguous()):
         raise KernelError("x and out must be contiguous")

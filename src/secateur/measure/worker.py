@@ -12,6 +12,8 @@ the folder. One JSON object a line comes in on stdin, one goes out on stdout; wh
         -> outputs {name: shape}
     {"op": "decode", "prompt_tokens": [..], "new_tokens": N, "rows": 1}      (the same prompt in every row of a batch)
         -> tokens (of all rows), seconds, prefill_seconds, new_tokens [..] (of the first row)
+    {"op": "write", "prompt_tokens": [..], "new_tokens": N, "way": "loop"}  (of secateur, packed models; or "generate")
+        -> the same, of one row
     {"op": "encode", "tokens": [..], "rows": 1}
         -> tokens, seconds
     {"op": "read", "texts": [[..], ..], "batch": N, "padding": TOKEN}        (those of a batch padded to its longest)
@@ -85,6 +87,7 @@ class Server:
             "resident": self.resident,
             "logits": self.logits,
             "decode": self.decode,
+            "write": self.write,
             "encode": self.encode,
             "read": self.read,
             "continue": self.continue_text,
@@ -186,6 +189,34 @@ class Server:
             "new_tokens": chosen,
         }
 
+    def write(self, prompt_tokens: list[int], new_tokens: int, way: str) -> dict[str, Any]:
+        """Greedy decoding by a loop that is not ours, to the full length; from the first new token on it is timed."""
+        import copy
+
+        import torch
+
+        self._check_decoder()
+        prompt = torch.tensor([prompt_tokens], device=self.device)
+        heard = _Heard(skip=way == "generate")
+        start = time.perf_counter()
+        if way == "loop":
+            from secateur.runtime.loop import continue_tokens
+
+            if continue_tokens(self.model, prompt, new_tokens=new_tokens + 1, stop=False, told=heard.add) is None:
+                raise TypeError(f"{type(self.model).__name__} does not go through all blocks in one call")
+        else:
+            config = copy.deepcopy(self.model.generation_config)
+            config.eos_token_id = None
+            self.model.generate(
+                prompt, generation_config=config, max_new_tokens=new_tokens + 1, do_sample=False, streamer=heard
+            )
+        return {
+            "tokens": len(heard.tokens) - 1,
+            "seconds": heard.times[-1] - heard.times[0],
+            "prefill_seconds": heard.times[0] - start,
+            "new_tokens": heard.tokens,
+        }
+
     def encode(self, tokens: list[int], rows: int = 1) -> dict[str, Any]:
         """One forward over whole texts, for models that do not decode."""
         import torch
@@ -244,6 +275,29 @@ class Server:
     def _check_decoder(self) -> None:
         if self.model.config.is_encoder_decoder or not self.model.can_generate():
             raise TypeError(f"{type(self.model).__name__} does not decode token by token")
+
+
+class _Heard:
+    """Tokens and when they came; a streamer of `generate`, which is given the prompt first."""
+
+    def __init__(self, *, skip: bool) -> None:
+        self.skip = skip
+        self.tokens: list[int] = []
+        self.times: list[float] = []
+
+    def add(self, token: int) -> None:
+        """A new token."""
+        self.tokens.append(token)
+        self.times.append(time.perf_counter())
+
+    def put(self, value: Any) -> None:
+        """What `generate` has."""
+        if not self.skip:
+            self.add(int(value))
+        self.skip = False
+
+    def end(self) -> None:
+        """Nothing more comes."""
 
 
 def _pieces(tensors: Iterable[Any]) -> Iterator[Any]:

@@ -61,18 +61,26 @@ class FastModel:
 
     def _can(self, given: dict[str, Any]) -> Plan | None:
         """What the token goes through, where it may."""
-        ids, model = given.get("input_ids"), self.model
+        ids = given.get("input_ids")
         may = (
             type(ids) is Tensor
             and ids.numel() == 1
             and ids.dim() == 2
             and given.get("past_key_values") is not None
             and ids.device.type == "cpu"
-            and not torch.is_grad_enabled()
+            and self._asks_for_nothing_else(given)
+        )
+        return self.plan() if may else None
+
+    def plan(self) -> Plan | None:
+        """What single tokens go through now, once it is proved; None where they go through the model's own forward."""
+        model = self.model
+        may = (
+            not torch.is_grad_enabled()
             and not model.training
             and not is_in_torch_dispatch_mode()
             and not torch_module._has_any_global_hook()
-            and self._asks_for_nothing_else(given)
+            and all(getattr(model.config, name, usual) is usual for name, usual in _NO_PART.items())
             and model.config._attn_implementation in IMPLEMENTATIONS
         )
         if not may:
@@ -97,8 +105,7 @@ class FastModel:
                     return False
             elif name not in _NO_PART or value is not _NO_PART[name]:
                 return False
-        config = self.model.config
-        return all(getattr(config, name, usual) is usual for name, usual in _NO_PART.items())
+        return True
 
     def _one_token(self, plan: Plan, given: dict[str, Any], activations: int | None = None) -> Tensor | None:
         """Logits, (1, 1, vocabulary); None where the token must go another way, nothing being changed then."""

@@ -13,6 +13,7 @@ from secateur.checkpoint.source import open_source
 from secateur.errors import UnsupportedModelError, UsageError
 from secateur.measure.model import load_model
 from secateur.progress import Reporter
+from secateur.runtime.loop import continue_tokens
 from secateur.verbs.calibration import load_tokenizer
 
 
@@ -69,18 +70,30 @@ def generate(
     drawing = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     devices = [opened.device] if opened.device.type == "cuda" else []
+    pieces = None if stream is None else _Pieces(tokenizer, stream, prompted=not opened.config.is_encoder_decoder)
     # The caller's random state is left as it was.
     with torch.inference_mode(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        pieces = None if stream is None else _Pieces(tokenizer, stream, prompted=not opened.config.is_encoder_decoder)
-        found = opened.generate(
-            **inputs, max_new_tokens=new_tokens, pad_token_id=padding, streamer=pieces, **drawing
-        )  # fmt: skip
-    start = 0 if opened.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-    text = str(tokenizer.decode(found[0, start:], skip_special_tokens=True))
+        tokens = _without_ceremony(opened, inputs, new_tokens, temperature, pieces)
+        if tokens is None:
+            found = opened.generate(
+                **inputs, max_new_tokens=new_tokens, pad_token_id=padding, streamer=pieces, **drawing
+            )  # fmt: skip
+            tokens = found[0, 0 if opened.config.is_encoder_decoder else inputs["input_ids"].shape[1] :].tolist()
+    text = str(tokenizer.decode(tokens, skip_special_tokens=True))
     if pieces is not None:
         pieces.finish(text)
     return text
+
+
+def _without_ceremony(
+    model: Any, inputs: Any, new_tokens: int, temperature: float, pieces: _Pieces | None
+) -> list[int] | None:
+    """The new tokens, by the loop for packed models; None where `generate` of the model is to make them."""
+    if set(inputs) != {"input_ids", "attention_mask"} or not bool(inputs["attention_mask"].all()):
+        return None
+    told = None if pieces is None else pieces.add
+    return continue_tokens(model, inputs["input_ids"], new_tokens=new_tokens, temperature=temperature, told=told)
 
 
 class _Pieces:
@@ -98,7 +111,11 @@ class _Pieces:
         if self._skip:
             self._skip = False
             return
-        self._tokens += value.flatten().tolist()
+        self.add(*value.flatten().tolist())
+
+    def add(self, *tokens: int) -> None:
+        """Take tokens that the model made."""
+        self._tokens += tokens
         text = str(self._tokenizer.decode(self._tokens, skip_special_tokens=True))
         if text.startswith(self._told) and not text.endswith("\ufffd"):
             self._tell(text)
