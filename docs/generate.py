@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from log_log import log_log
+from plots import kernel_plot, solver_plot
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from secateur.cli.app import app
@@ -190,15 +190,29 @@ def solver_sizes() -> str:
     return "\n\n".join([picture, *(by_size(column) for column in columns), f"{told}.", *origin(data)])
 
 
-def solver_plot() -> str | None:
-    """Seconds against the number of weights on log scales, a line for each method; None before it was measured."""
-    data = measured("solver_size")
+KERNEL_PLOT = "kernel-speed.svg"
+
+
+def kernel_speeds() -> str:
+    """Each format against our own dense one and against reading alone, by size and threads, and a plot."""
+    data = measured("kernels")
     if data is None:
-        return None
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for row in data["rows"]:
-        lines.setdefault(row["method"], []).append((float(row["outputs"] * row["inputs"]), row["seconds"]))
-    return log_log(lines, "weights of the matrix", "seconds", "Seconds to solve one matrix against its weights")
+        return missing("kernels")
+    sizes = list(dict.fromkeys(row["rows x columns"] for row in data["rows"]))
+    cells = {(row["threads"], row["format"], row["rows x columns"]): row for row in data["rows"]}
+    parts = [f"![Microseconds of one product against the weights of a matrix, both on log scales]({KERNEL_PLOT})"]
+    for threads in dict.fromkeys(row["threads"] for row in data["rows"]):
+        rows = []
+        for name in dict.fromkeys(row["format"] for row in data["rows"]):
+            own = [cells[threads, name, size] for size in sizes]
+            bits = f"{own[0]['bits per weight']:.2f}"
+            rows.append([name, bits, *(_kernel_cell(row["times dense"], row["of reading"]) for row in own)])
+        parts += [table([f"{threads} thread" + "s" * (threads > 1), "bits a weight", *sizes], rows)]
+    return "\n\n".join([*parts, *origin(data)])
+
+
+def _kernel_cell(times: float | None, reading: float | None) -> str:
+    return " ".join(([f"{times:.2f}"] if times else []) + ([f"({reading:.0%})"] if reading else []))
 
 
 COLUMNS = {"blocks": "blocks found", "unstructured": "unstructured", "2:4": "2:4", "depth": "depth", "ffn": "ffn",
@@ -324,11 +338,14 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "page",
         )
     }
-    | {"solver_size": solver_sizes},
+    | {"solver_size": solver_sizes, "kernels": kernel_speeds},
     "CONTRIBUTING.md": {"layout": layout},
 }
 """Document -> name of a generated part -> what makes it."""
-DRAWINGS: dict[str, Callable[[], str | None]] = {f"docs/{SOLVER_PLOT}": solver_plot}
+DRAWINGS: dict[str, Callable[[], str | None]] = {
+    f"docs/{SOLVER_PLOT}": lambda: solver_plot(measured("solver_size")),
+    f"docs/{KERNEL_PLOT}": lambda: kernel_plot(measured("kernels")),
+}
 """Drawing -> what makes it; None where there is nothing to draw, and then there is no file either."""
 
 
