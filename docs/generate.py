@@ -332,6 +332,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
             "startup",
             "export_gguf",
             "rounding",
+            "prefill",
             "loading",
             "decode",
             "study_sharing",

@@ -47,7 +47,7 @@ def with_and_without(made, x):
 @pytest.mark.skipif(kernels.find().module is None, reason="secateur-kernels is not installed: make kernels")
 class TestWithTheWheel:
     @pytest.mark.parametrize("bits", [16, 8, 4])
-    @pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+    @pytest.mark.parametrize("tokens", [1, 4, 5, ops.TOKENS // 2, ops.TOKENS])
     def test_outputs_are_those_of_pytorch(self, bits, tokens, forget, monkeypatch):
         monkeypatch.setenv(kernels.ACTIVATIONS, "float")
         made = module_of(bits=bits)

@@ -72,7 +72,7 @@ def alone(module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, ops.TOKENS])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_one_call_gives_the_bits_of_several(bits, tokens, dtype):
     modules = [
@@ -99,7 +99,7 @@ def test_who_shares_an_input_is_seen_at_the_first_token(together):
 def test_long_inputs_and_inputs_with_gradients_are_not_taken_together(together):
     model = Attention()
     for _ in range(3):
-        model(torch.ones(9, 130))
+        model(torch.ones(ops.TOKENS + 1, 130))
         model(torch.ones(1, 130, requires_grad=True))
     assert not together
 

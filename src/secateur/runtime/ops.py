@@ -17,8 +17,9 @@ from secateur.runtime.kernels import find
 if TYPE_CHECKING:
     from secateur.runtime.modules import Packed, SparseLinear
 
-TOKENS = 8
-"""Rows of activations up to which the product works on packed weights; above, rows are unpacked and multiplied."""
+TOKENS = 32
+"""Rows of activations up to which the product works on packed weights; above, rows are unpacked and multiplied.
+Measured by `benchmarks/prefill.py`."""
 BLOCK = 1 << 19
 """Weights that are unpacked at once: a megabyte in bfloat16 stays in the cache of a core."""
 MOST_TOGETHER = 16
