@@ -46,14 +46,19 @@ TOKENS, SENTENCES = 81920, 4000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join((*RUNS, "fused")), help="the other rows stay as they are")
+    parser.add_argument(
+        "--only", default=",".join((*RUNS, "fused")), help="these, in this order; the others stay as they are"
+    )
     chosen = parser.parse_args().only.split(",")
     data = _common.data_folder()
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (name for name in RUNS if name in chosen):
-            keep({"run": name, **_converted(name, Path(scratch) / "out", data)})
-        if "fused" in chosen:
-            for row in _several(Path(scratch), data):
+        for name in chosen:
+            rows = (
+                [{"run": name, **_converted(name, Path(scratch) / "out", data)}]
+                if name in RUNS
+                else _several(Path(scratch), data)
+            )
+            for row in rows:
                 keep(row)
 
 
