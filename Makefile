@@ -9,7 +9,8 @@ ARGS ?=
 
 # Together some hours on two cores.
 BENCHMARKS ?= startup speed memory quality two_pass structured compute evaluation recovery step_cost generalisation \
-  smaller export_gguf baselines noise sparse_size rounding prefill loading decode study_sharing solver_size page
+  smaller export_gguf baselines noise sparse_size rounding prefill loading decode study_sharing solver_size page \
+  conversions conversion_identity moe_decode shared_steps
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -6,11 +6,11 @@ block parameters; "plain" weights nothing by activations. "moe" cuts each feed-f
 neurons and computes so many of them for each token; "random" is the router by similarity with random numbers in its
 place; "activations" and "coactivation" are the split, which is by weights elsewhere. "a" and "b" are the demo model
 trained on sentences of SST-2, with a word for their label, and on the calibration half of the built-in Python text
-(full, lm, 81,920 tokens each); "fused" is both in one at rank 32, "mean" the average of their weights. Their
-perplexities are those of windows of 512 tokens of the other sentences and of the other half.
-Minutes are of the conversion, on one thread, with other work on the second core.
+(full, lm, 24,576 tokens each); "fused" is both in one at rank 32, "mean" the average of their weights. Their
+perplexities are those of 20 windows of 512 tokens of the other sentences and of the other half.
+Minutes are of the conversion, on one thread, with other work on both cores.
 
-    SECATEUR_DATA=folder python benchmarks/conversions.py [--only "moe 24 oracle,fused"]
+    SECATEUR_DATA=folder python benchmarks/conversions.py [--only "moe 24 oracle,fused"] [--keep folder]
 """
 
 from __future__ import annotations
@@ -41,19 +41,25 @@ RUNS: dict[str, list[str]] = {
     "moe 48 oracle": [*MOE, "--top-k", "48", "--router", "oracle"],
 }
 SEVERAL = ("dense", "a", "b", "mean", "fused")
-TOKENS, SENTENCES = 81920, 4000
+TOKENS, SENTENCES, WINDOWS = 24576, 4000, 20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default=",".join((*RUNS, "fused")), help="the other rows stay as they are")
-    chosen = parser.parse_args().only.split(",")
-    data = _common.data_folder()
+    parser.add_argument(
+        "--only", default=",".join((*RUNS, "fused")), help="these, in this order; the others stay as they are"
+    )
+    parser.add_argument("--keep", type=Path, help="folder for the trained models, which are taken from there again")
+    options = parser.parse_args()
+    chosen, data = options.only.split(","), _common.data_folder()
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (name for name in RUNS if name in chosen):
-            keep({"run": name, **_converted(name, Path(scratch) / "out", data)})
-        if "fused" in chosen:
-            for row in _several(Path(scratch), data):
+        for name in chosen:
+            rows = (
+                [{"run": name, **_converted(name, Path(scratch) / "out", data)}]
+                if name in RUNS
+                else _several(options.keep or Path(scratch), data)
+            )
+            for row in rows:
                 keep(row)
 
 
@@ -105,10 +111,13 @@ def _randomise(folder: Path) -> None:
 
 def _several(scratch: Path, data: Path) -> list[dict[str, Any]]:
     """Two descendants of the demo model, their mean and the two in one, on the text of each."""
+    scratch.mkdir(exist_ok=True)
     learned, other = _sentences(data, scratch)
     folders = {name: str(scratch / name) for name in SEVERAL}
     folders["dense"] = "demo"
     for name, text in (("a", str(learned)), ("b", "builtin")):
+        if Path(folders[name]).is_dir():
+            continue
         _common.secateur(
             "recover", "demo", "-o", folders[name], "--dense", "--mode", "full", "--loss", "lm", "--data", text,
             "--tokens", str(TOKENS), "--sequence-length", "512", "--learning-rate", "5e-5", "--no-evaluate",
@@ -116,15 +125,16 @@ def _several(scratch: Path, data: Path) -> list[dict[str, Any]]:
     _mean(Path(folders["a"]), Path(folders["b"]), Path(folders["mean"]))
     done = _common.secateur(
         "convert", "demo", "-o", folders["fused"], "--to", "fused", "--models", folders["a"], folders["b"], "--rank",
-        "32", "--router-rank", "8", "--no-verify", "--no-evaluate",
+        "32", "--router-rank", "8", "--no-verify", "--no-evaluate", "--overwrite",
     )  # fmt: skip
     rows = []
     for name, folder in folders.items():
         row: dict[str, Any] = {"run": name}
         for title, text in (("on sentences", str(other)), ("on Python text", "builtin")):
             found = _common.secateur(
-                "evaluate", folder, "--data", text, "--sequence-length", "512", "--samples", "40", "--json", "--quiet"
-            )
+                "evaluate", folder, "--data", text, "--sequence-length", "512", "--samples", str(WINDOWS), "--json",
+                "--quiet",
+            )  # fmt: skip
             row[title] = json.loads(found.stdout)["perplexity"]
         rows.append(row)
     rows[-1]["minutes"] = done.seconds / 60
@@ -145,7 +155,7 @@ def _mean(a: Path, b: Path, out: Path) -> None:
     """The plain average of two models."""
     from safetensors.torch import load_file, save_file
 
-    shutil.copytree(a, out)
+    shutil.copytree(a, out, dirs_exist_ok=True)
     first, second = (load_file(folder / "model.safetensors") for folder in (a, b))
     mean = {key: ((first[key].float() + second[key].float()) / 2).to(first[key].dtype) for key in first}
     save_file(mean, out / "model.safetensors", metadata={"format": "pt"})

@@ -170,6 +170,10 @@ def test_a_study_makes_them_and_its_commands_make_the_same_bits(root, members, t
     more = 2 * sum(2 * (4 * (out + inner) + 2 * inner) for out, inner in sizes)
     assert fused.values["parameters"] == result.baselines[0].values["parameters"] + more
     assert load_model(Path(fused.out)).num_parameters() == fused.values["parameters"]
+    # Each token goes through one of the two differences, and through both routers.
+    assert fused.values["active_parameters"] == fused.values["parameters"] - 2 * sum(4 * sum(size) for size in sizes)
+    products = 2 * sum(4 * (out + inner) + 2 * 2 * inner for out, inner in sizes)
+    assert fused.values["flops_per_token"] == result.baselines[0].values["flops_per_token"] + 2 * products
     assert digest(Path(fused.out)) != digest(Path(recovered.out))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # nothing in a command is relative to the study

@@ -94,6 +94,8 @@ def test_what_is_counted_after_adapters_came_is_what_is_in_the_model(place):
     added = 2 * (2 * 4 * 3 * 32 + 4 * 32)
     assert outcome.values["parameters"] == model.num_parameters()
     assert model.num_parameters() == load_model(place / "model").num_parameters() + added
+    # Of the four adapters of both networks, two are beside a token.
+    assert outcome.values["active_parameters"] == model.num_parameters() - 2 * (4 - 2) * 2 * 3 * 32
     assert outcome.values["nonzero"] == sum(int(one.count_nonzero()) for one in model.parameters())
     assert outcome.values["bytes_disk"] == (place / "trial" / "model.safetensors").stat().st_size
     flops = count_flops(build_skeleton(place / "trial"), outcome.sparsity)

@@ -67,6 +67,11 @@ class AdapterMoe(nn.Module):
         return torch.zeros_like(logits).scatter(1, index, best.softmax(dim=1))
 
     @property
+    def unread(self) -> int:
+        """Parameters that a token does not come to: adapters that are not chosen."""
+        return (self.experts - self.top) * 2 * self.dim * self.width
+
+    @property
     def chooses(self) -> bool:
         """Whether some experts are left out."""
         return self.top < self.experts

@@ -20,7 +20,7 @@ from secateur.errors import CheckpointError
 
 BIASES = {"gate": "gate_bias", "up": "up_bias", "down": "down_bias"}
 """Matrix of the layer -> its bias."""
-GATHERED = 4 << 20
+GATHERED = 1 << 20
 """Bytes of a matrix up to which the experts of one token are gathered into one, on a CPU."""
 
 
