@@ -7,9 +7,9 @@ every block (18.75 % of the prunable weights), "kv-groups" one of three groups, 
 without a refit, or for blocks the least influence; "no refit" chooses as the row before does. "block" trains what is
 left of each block on the same windows (`--reconstruct block`, six passes at 1e-3, for which the last quarter of the
 validation text was asked). "budget 80%" keeps at most 80 % of the prunable weights, split among depth, neurons and
-groups by measured loss on the calibration text. That row and "ffn flap" were made when the refit of neurons was damped
-by 0.01; it is 0.1 now.
-Seconds and peak memory are of the whole process, on one thread, with other work on the second core.
+groups by measured loss on the calibration text. "ffn flap" was made when the refit of neurons was damped by 0.01; it is
+0.1 now. Seconds and peak memory are of the whole process, on one thread, with other work on the second core; those of
+"ffn obs", "ffn taylor", "hidden" and "budget 80%" with much other work on both, so that their seconds say nothing.
 
     SECATEUR_DATA=folder python benchmarks/structured.py [--only "ffn obs,ffn plain"] [--keep FOLDER]
 """
