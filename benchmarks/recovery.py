@@ -1,15 +1,15 @@
 """What recovery brings, on the demo model.
 
 The model is pruned by SparseGPT with the first 32 windows of 1,024 tokens of the WikiText-2 validation text, then
-trained on that text only; the last tenth of it is held out. "budget 80%" has a fifth of its block parameters removed
-as whole units instead (`prune --budget parameters=0.8` with the same windows, when neurons were chosen by obs).
-Perplexity is measured on the first 40 windows of 1,024 tokens of the test text, and accuracy on 3,400 minimal pairs of
-BLiMP and 919 questions of PIQA, which nothing else has seen; "excess gone" is the share of the loss above the dense
-model's that recovery took away. The runs of the first group have 245,760 tokens or half of that, those of the second 40,960 each, those of the third the minutes
-of training that full kd took in the second. Rows of blocks on 50 % were made by going four times through a quarter of
-the text, at a rate of 2e-4; that on 2:4 goes once through all of it at 4e-4, which is the default now. Rows of lora
-were made at 1e-3, but for the one with 245,760 tokens, at 3e-3, the default now; it was not asked the questions.
-Minutes are those of the training itself, on one thread, with other work on the second core.
+trained on that text only; the last tenth of it is held out. "budget 80%" has a fifth of its block parameters removed as
+whole units instead (`prune --budget parameters=0.8` with the same windows, when neurons were chosen by obs). Perplexity
+is measured on the first 40 windows of 1,024 tokens of the test text, and accuracy on 3,400 minimal pairs of BLiMP and
+919 questions of PIQA, which nothing else has seen; "excess gone" is the share of the loss above the dense model's that
+recovery took away. The runs of the first group have 245,760 tokens or half of that, those of the second 40,960 each,
+those of the third the minutes of training that full kd took in the second. Rows of blocks on 50 % were made by going
+four times through a quarter of the text, at a rate of 2e-4; that on 2:4 goes once through all of it at 4e-4, which is
+the default now. Rows of lora were made at 1e-3, but for the one with 245,760 tokens, at 3e-3, the default now; it was
+not asked the questions. Minutes are those of the training itself, on one thread, with other work on the second core.
 
     SECATEUR_DATA=folder python benchmarks/recovery.py [--only "sparsegpt, full kd, 245760 tokens;..."] [--log FILE]
 """
