@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -40,13 +40,16 @@ class Worker:
     """A fresh process that opens a folder with the stock classes (``worker.py``); use it in a ``with`` statement."""
 
     def __init__(
-        self, folder: str | Path, dtype: str = "auto", *, device: str = "cpu", threads: int | None = None
-    ) -> None:
+        self, folder: str | Path, dtype: str = "auto", *, device: str = "cpu", threads: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         """
         Args:
             dtype: number format the weights are loaded in; auto is the file's.
             threads: CPU threads; None leaves the choice to torch.
+            environment: variables that the process has besides those of this one.
         """
+        self._environment = dict(environment or {})
         self.folder = Path(folder)
         self._command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(self.folder)]
         self._command += ["--dtype", dtype, "--device", device, "--threads", str(threads or 0)]
@@ -59,6 +62,7 @@ class Worker:
             "HF_HUB_OFFLINE": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            **self._environment,
         }
         self._stderr = self._chatter.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
         self._process = subprocess.Popen(

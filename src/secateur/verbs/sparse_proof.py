@@ -21,6 +21,7 @@ from secateur.formats.sparse import SparsePlan
 from secateur.formats.torchao import TorchAOPlan
 from secateur.measure.compare import Worker
 from secateur.progress import Reporter
+from secateur.runtime.kernels import ACTIVATIONS
 
 TOLERANCE = 1e-3
 """Largest difference of an output, as a share of the largest output, where no number was rounded."""
@@ -43,7 +44,8 @@ def prove_sparse(plan: SparsePlan | TorchAOPlan, folder: Path, source: Source, r
         save_file(probe_inputs(build_skeleton(source.folder)), given)
         for one in (source.folder, folder):
             try:
-                with Worker(one, dtype="float32") as worker:
+                # The kernels round activations, which says nothing of the file.
+                with Worker(one, dtype="float32", environment={ACTIVATIONS: "float"}) as worker:
                     worker.ask("logits", inputs=str(given), out=str(out))
             except SecateurError as error:
                 raise VerificationError(f"{one} cannot be opened: {error.message}", hint=error.hint) from error
